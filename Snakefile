@@ -1,0 +1,30 @@
+"""The way in: `snakemake --cores all` runs the study of config/demo.yaml.
+
+Another study: `snakemake --cores all --configfile config/NAME.yaml`.
+Other targets: `verify` (compare with the committed reference), `pretrain` (make the bundled backbone again).
+"""
+
+from snakemake.exceptions import WorkflowError
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+# Given by --configfile or not at all: a study must not inherit keys from the default one.
+if "study" not in config:
+
+    configfile: "config/demo.yaml"
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/data.smk"
+include: "workflow/rules/backbone.smk"
+include: "workflow/rules/distil.smk"
+include: "workflow/rules/finetune.smk"
+include: "workflow/rules/evaluate.smk"
+include: "workflow/rules/aggregate.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        RESULTS,

@@ -1,0 +1,34 @@
+"""ToCom: change the token-compression degree of a timm ViT on the fly (arXiv 2408.06798).
+
+Names are imported on first use, so that ``import tocom`` and ``tocom --help`` do not wait for torch.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CompressedViT": "tocom.vit",
+    "gflops": "tocom.vit",
+    "Compensator": "tocom.compensator",
+    "Compressor": "tocom.compress",
+    "make_compressor": "tocom.compress",
+    "Inflected": "tocom.degrees",
+    "load_model": "tocom.models",
+    "TocomError": "tocom.errors",
+    "prepare": "tocom.data.registry",
+    "pretrain": "tocom.stages.pretrain",
+    "finetune": "tocom.stages.finetune",
+    "distil": "tocom.stages.distil",
+    "evaluate": "tocom.stages.evaluate",
+    "transfer": "tocom.stages.transfer",
+    "throughput": "tocom.stages.throughput",
+    "read_study": "tocom.config",
+}
+__all__ = ["__version__", *_HOMES]
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'tocom' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,1 @@
+"""Cells to statistics to tables and figures; nothing here imports torch."""

@@ -1,0 +1,485 @@
+"""The command line: each stage of a study as a command, and a look at what the stages made."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from tocom.errors import TocomError
+from tocom.timing import timed
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Token compensation for Vision Transformers: fine-tune, distil ToCom, evaluate, analyse. "
+    "`snakemake --cores all` runs all of it; these commands run one stage each.",
+)
+analyse = typer.Typer(no_args_is_help=True, help="From predictions to cells, statistics, tables and figures.")
+app.add_typer(analyse, name="analyse")
+
+Output = Annotated[Path, typer.Option("--output", "-o", help="File to write, whole or not at all.")]
+Sets = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a setting of this stage; see `tocom settings`. Repeatable."
+    ),
+]
+BackboneArgument = Annotated[str, typer.Argument(help="A bundled backbone (`tocom models`) or a checkpoint's path.")]
+DataArgument = Annotated[Path, typer.Argument(help="A prepared task (`tocom prepare`).")]
+Columns = Annotated[
+    Optional[list[str]], typer.Option("--column", metavar="NAME=VALUE", help="A constant first column. Repeatable.")
+]
+CellsArgument = Annotated[Path, typer.Argument(help="A study's cells.csv.")]
+FolderArgument = Annotated[Path, typer.Argument(help="A study's folder, such as results/demo.")]
+CompressorOption = Annotated[str, typer.Option(help="tome, evit or evit_fuse.")]
+
+
+@app.command()
+def prepare(
+    task: Annotated[str, typer.Argument(help="A name from `tocom tasks`, or your own with --folder.")],
+    output: Output,
+    train: Annotated[int, typer.Option(help="Training images.")] = 800,
+    val: Annotated[int, typer.Option(help="Validation images: the epoch and the scale are chosen on them.")] = 200,
+    test: Annotated[int, typer.Option(help="Test images, or as many as there are.")] = 2000,
+    folder: Annotated[Optional[Path], typer.Option(help="Your images: FOLDER/{train,val,test}/CLASS/*.")] = None,
+    image_size: Annotated[int, typer.Option(help="Side in pixels that images of a folder are scaled to.")] = 32,
+) -> None:
+    """Decode a task once and write its splits."""
+    from tocom.data import registry
+
+    with timed("data"):
+        about = registry.prepare(task, output, {"train": train, "val": val, "test": test}, folder, image_size)
+    _say(f"{task}: {about['classes']} classes, {about['sizes']}")
+
+
+@app.command()
+def pretrain(
+    output: Output,
+    architecture: Annotated[str, typer.Option(help="A timm ViT.")] = "vit_tiny_patch16_224",
+    kwargs: Annotated[str, typer.Option(help="JSON: overrides of its arguments.")] = "{}",
+    seed: int = 0,
+    degree: Annotated[Optional[list[int]], typer.Option(help="Degree to report accuracy at. Repeatable.")] = None,
+    sets: Sets = None,
+) -> None:
+    """Pre-train a backbone on procedural letters (the embedded one took this command)."""
+    from tocom.settings import PretrainSettings, parse
+    from tocom.stages.pretrain import pretrain as run
+
+    settings = parse(PretrainSettings, sets or [])
+    with timed("pretrain", settings.threads):
+        about = run(output, architecture, _json(kwargs, "--kwargs"), seed, degree or [0], settings)
+    _say(f"held-out accuracy by degree: {about['accuracy']} after {about['minutes']:.1f} minutes")
+
+
+@app.command()
+def finetune(
+    backbone: BackboneArgument,
+    data: DataArgument,
+    output: Annotated[
+        str, typer.Option("--output", "-o", help="Checkpoint to write; {degree} and {seed} are filled in.")
+    ],
+    run: Annotated[
+        list[str], typer.Option(metavar="DEGREE:SEED", help="What to train, e.g. 8:0 or random:1. Repeatable.")
+    ],
+    compressor: CompressorOption = "tome",
+    max_degree: Annotated[Optional[int], typer.Option(help="How far 'random' draws.")] = None,
+    sets: Sets = None,
+) -> None:
+    """Fine-tune a backbone for a task, at one or more train degrees and seeds."""
+    from tocom.settings import FinetuneSettings, parse
+    from tocom.stages.finetune import finetune as stage
+
+    settings = parse(FinetuneSettings, sets or [])
+    runs = [_run(text) for text in run]
+    _check_template(output, runs)
+    with timed("finetune", settings.threads):
+        for degree, seed in runs:
+            path = output.format(degree=degree, seed=seed)
+            about = stage(backbone, data, path, degree, seed, compressor, max_degree, settings)
+            _say(f"{path}: best epoch {about['best_epoch']}, validation accuracy {about['val_accuracy']:.3f}")
+
+
+@app.command()
+def distil(
+    backbone: BackboneArgument,
+    output: Output,
+    max_degree: Annotated[int, typer.Option(help="Highest degree; one low-rank update for each step up to it.")],
+    compressor: CompressorOption = "tome",
+    seed: int = 0,
+    sets: Sets = None,
+) -> None:
+    """Distil ToCom on a frozen backbone, once for all tasks."""
+    from tocom.settings import DistilSettings, parse
+    from tocom.stages.distil import distil as stage
+
+    settings = parse(DistilSettings, sets or [])
+    with timed("distil", settings.threads):
+        about = stage(backbone, output, max_degree, compressor, seed, settings)
+    before, after = about["held_out_kl_without"], about["held_out_kl"]
+    _say(f"held-out KL {before:.4f} -> {after:.4f} nats (best epoch {about['best_epoch']})")
+
+
+@app.command()
+def evaluate(
+    data: DataArgument,
+    checkpoint: Annotated[list[Path], typer.Option(help="A fine-tuned model of this task. Repeatable.")],
+    compensator: Annotated[Path, typer.Option(help="What `tocom distil` or `tocom import` wrote.")],
+    output: Annotated[list[Path], typer.Option("--output", "-o", help="Predictions, one file for each checkpoint.")],
+    degree: Annotated[list[int], typer.Option(help="Inference degree. Repeatable.")],
+    sets: Sets = None,
+) -> None:
+    """Evaluate every cell (inference degree, with and without ToCom) of some checkpoints of one task."""
+    from tocom.settings import EvaluateSettings, parse
+    from tocom.stages.evaluate import evaluate as stage
+
+    if len(output) != len(checkpoint):
+        raise TocomError(f"{len(checkpoint)} checkpoints but {len(output)} outputs; give --output once for each")
+    settings = parse(EvaluateSettings, sets or [])
+    with timed("evaluate", settings.threads):
+        stage(checkpoint, data, compensator, output, degree, settings)
+
+
+@app.command()
+def transfer(
+    data: DataArgument,
+    output: Output,
+    checkpoint: Annotated[
+        list[str],
+        typer.Option(metavar="TASK:SEED:LOW:HIGH", help="Checkpoints at the low and high degree. Repeatable."),
+    ],
+    column: Columns = None,
+    sets: Sets = None,
+) -> None:
+    """Carry every task's gap between two degrees to one task, and write a CSV of what comes of it."""
+    from tocom.analysis.cells import write_rows
+    from tocom.settings import EvaluateSettings, parse
+    from tocom.stages.transfer import transfer as stage
+
+    settings = parse(EvaluateSettings, sets or [])
+    checkpoints = {}
+    for text in checkpoint:
+        parts = text.split(":")
+        if len(parts) != 4 or not parts[1].isdigit():
+            raise TocomError(f"--checkpoint {text!r}: write TASK:SEED:LOW:HIGH")
+        checkpoints[parts[0], int(parts[1])] = (parts[2], parts[3])
+    with timed("evaluate", settings.threads):
+        write_rows(stage(checkpoints, data, settings), output, _columns(column))
+
+
+@app.command()
+def throughput(
+    backbone: BackboneArgument,
+    output: Output,
+    compensator: Annotated[Path, typer.Option(help="What `tocom distil` wrote.")],
+    degree: Annotated[list[int], typer.Option(help="Degree. Repeatable.")],
+    compressor: CompressorOption = "tome",
+    column: Columns = None,
+    sets: Sets = None,
+) -> None:
+    """Measure images a second and memory at each degree, with and without ToCom folded in, side by side."""
+    from tocom.analysis.cells import write_rows
+    from tocom.settings import ThroughputSettings, parse
+    from tocom.stages.throughput import throughput as stage
+
+    settings = parse(ThroughputSettings, sets or [])
+    with timed("evaluate", settings.threads):
+        write_rows(stage(backbone, compensator, degree, compressor, settings), output, _columns(column))
+
+
+@app.command("import")
+def import_public(
+    checkpoint: Annotated[Path, typer.Argument(help="A .pth or .safetensors in the public code's layout.")],
+    output: Output,
+    steps: Annotated[int, typer.Option(help="Number of steps of one degree in it.")] = 16,
+    compressor: CompressorOption = "tome",
+    trained_scale: Annotated[float, typer.Option(help="Scale it was trained at.")] = 0.1,
+) -> None:
+    """Turn a public ToCom checkpoint into one of ours."""
+    from tocom.compensator import Compensator
+
+    Compensator.from_public(checkpoint, steps, compressor, trained_scale).save(output)
+    info(output)
+
+
+@app.command()
+def info(path: Annotated[str, typer.Argument(help="A checkpoint, compensator, prepared task or predictions.")]) -> None:
+    """Print what a file of this project says of itself."""
+    from tocom.bundled import resolve
+    from tocom.files import load_arrays
+
+    arrays, metadata = load_arrays(resolve(path))
+    _table(
+        ("key", "value"),
+        [(key, value if isinstance(value, str) else json.dumps(value)) for key, value in sorted(metadata.items())]
+        + [("tensors", f"{len(arrays)}, {sum(a.nbytes for a in arrays.values()) / 1e6:.2f} MB")],
+    )
+
+
+@app.command()
+def models(pattern: Annotated[str, typer.Argument(help="Filter on timm's names, e.g. 'deit*'.")] = "*vit*") -> None:
+    """List bundled backbones, and the timm models that can be compressed."""
+    from tocom.bundled import BUNDLED
+    from tocom.models import compressible
+
+    _table(("bundled backbone", "file"), [(name, path.name) for name, path in BUNDLED.items()])
+    _table(("timm model", "module"), compressible(pattern))
+
+
+@app.command()
+def tasks() -> None:
+    """List the downstream tasks that need no download."""
+    from tocom.data.registry import TASKS
+
+    _table(("task", "classes", "kind", "source"), [(n, str(t.classes), t.kind, t.source) for n, t in TASKS.items()])
+
+
+@app.command()
+def settings() -> None:
+    """List the settings of each stage, for --set and for configs."""
+    from tocom import settings as module
+
+    for title, kind in module.STAGES.items():
+        rows = [
+            (name, json.dumps(field.get_default()), field.description or "")
+            for name, field in kind.model_fields.items()
+        ]
+        typer.echo(f"\n{title}")
+        _table(("setting", "default", "meaning"), rows)
+
+
+@app.command()
+def card(
+    checkpoint: Annotated[str, typer.Argument(help="A backbone that `tocom pretrain` wrote.")], output: Output
+) -> None:
+    """Write the model card of a pre-trained backbone from what its file says of it."""
+    from tocom.analysis.card import card as text
+    from tocom.files import write_text
+
+    write_text(output, text(checkpoint))
+
+
+@app.command()
+def check(config: Annotated[Path, typer.Argument(help="A study's YAML file.")]) -> None:
+    """Validate a config and say how much work it stands for."""
+    from tocom.config import read_study
+
+    study = read_study(config)
+    n = len(study.backbones) * len(study.compressors) * len(study.tasks) * len(study.checkpoints)
+    _say(
+        f"{config}: study {study.study!r} is valid: {n} checkpoints, {len(study.infer_degrees)} inference degrees each"
+    )
+
+
+@app.command()
+def schema(output: Output) -> None:
+    """Write the JSON schema of a config, which editors use to complete and check."""
+    from tocom.config import schema as make
+    from tocom.files import write_text
+
+    write_text(output, json.dumps(make(), indent=2) + "\n")
+
+
+# --- analysis ----------------------------------------------------------------------------------------------------
+
+
+@analyse.command()
+def cells(
+    predictions: Annotated[Path, typer.Argument(help="The study's predictions/ folder.")],
+    output: Output,
+    study: Annotated[str, typer.Option(help="Name of the study.")],
+    backbone: Annotated[list[str], typer.Option(help="Repeatable, like the options below.")],
+    compressor: Annotated[list[str], typer.Option()],
+    task: Annotated[list[str], typer.Option()],
+    train_degree: Annotated[list[str], typer.Option()],
+    seed: Annotated[list[int], typer.Option()],
+) -> None:
+    """Gather the predictions of a grid into one tidy table, a row for each cell."""
+    from itertools import product
+
+    from tocom.analysis.cells import gather, prediction_file, write_rows
+
+    with timed("analyse"):
+        grid = product(backbone, compressor, task, train_degree, seed)
+        write_rows(gather(study, [(point[0], prediction_file(predictions, *point)) for point in grid]), output)
+
+
+@analyse.command()
+def concat(
+    tables: Annotated[list[Path], typer.Argument(help="CSV files with the same columns.")],
+    output: Output,
+) -> None:
+    """Put CSV files one below the other."""
+    from tocom.analysis.cells import concatenate
+
+    concatenate(tables, output)
+
+
+@analyse.command()
+def significance(
+    cells: CellsArgument,
+    predictions: Annotated[Path, typer.Option(help="The study's predictions/ folder.")],
+    output: Output,
+    resamples: Annotated[int, typer.Option(help="Bootstrap resamples.")] = 2000,
+    level: Annotated[float, typer.Option(help="Level of the intervals.")] = 0.95,
+) -> None:
+    """Compare conditions pair by pair: gains, intervals, tests, Holm correction."""
+    from tocom.analysis.cells import correctness, prediction_files, read_cells
+    from tocom.analysis.significance import compare
+    from tocom.data.registry import kinds_of
+    from tocom.files import write_text
+
+    with timed("analyse"):
+        frame = read_cells(cells)
+        correct = correctness(prediction_files(predictions, frame))
+        result = compare(correct, kinds_of(frame.task.unique()), resamples, level)
+        result.insert(0, "study", frame.study.iloc[0])
+        write_text(output, result.to_csv(index=False, lineterminator="\n", float_format="%.10g"))
+
+
+@analyse.command()
+def tables(
+    folder: FolderArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the tables.")],
+) -> None:
+    """Write every table as Markdown and as LaTeX (booktabs)."""
+    from tocom.analysis.report import write_tables
+
+    with timed("analyse"):
+        write_tables(folder, output)
+
+
+@analyse.command()
+def figures(
+    folder: FolderArgument,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the figures.")],
+) -> None:
+    """Draw every figure as PNG and as PDF."""
+    from tocom.analysis.report import write_figures
+
+    with timed("analyse"):
+        write_figures(folder, output)
+
+
+@analyse.command()
+def verify(
+    cells: CellsArgument,
+    reference: Annotated[Path, typer.Argument(help="The committed cells.csv to compare with.")],
+    cell_points: Annotated[float, typer.Option(help="Largest difference of one cell, in points.")] = 8.0,
+    mean_points: Annotated[float, typer.Option(help="Largest difference of a mean over tasks and seeds.")] = 2.0,
+) -> None:
+    """Compare a fresh run with a reference within tolerances; exit status 1 if it differs by more."""
+    from tocom.analysis.cells import read_cells
+    from tocom.analysis.verify import compare, report
+
+    verdict = compare(read_cells(cells), read_cells(reference), cell_points, mean_points)
+    typer.echo(report(verdict, cell_points, mean_points))
+
+
+@analyse.command()
+def show(folder: FolderArgument) -> None:
+    """Print the main table and where to look next."""
+    from tocom.analysis.report import show as text
+
+    typer.echo(text(folder))
+
+
+@analyse.command()
+def headline(folder: FolderArgument) -> None:
+    """Print the figures that the demo has to reach, measured; exit status 1 if one is missed."""
+    from tocom.analysis.report import headline as figures_to_reach
+
+    found = figures_to_reach(folder)
+    _table(
+        ("figure", "measured", "target", "reached"),
+        [(f.what, f.measured, f.target, "yes" if f.reached else "NO") for f in found],
+    )
+    if not all(f.reached for f in found):
+        raise TocomError("a figure was missed; see the table above")
+
+
+@analyse.command()
+def split(
+    folder: FolderArgument,
+    since: Annotated[float, typer.Option(help="When snakemake started, in seconds since 1970 (date +%s).")],
+    until: Annotated[float, typer.Option(help="When it ended, likewise.")],
+    cores: Annotated[str, typer.Option(help="Cores that it was given, or all.")] = "all",
+) -> None:
+    """Print where the time of a run went, and how much memory it took."""
+    from tocom.analysis.split import available_cores
+    from tocom.analysis.split import split as account
+
+    result = account(folder, since, until, available_cores(cores))
+    if result is None:
+        _say("nothing had to be run: everything was up to date")
+        return
+    _table(
+        ("what", "core-seconds", "share"),
+        [(name, f"{seconds:.0f}", f"{share:.1%}") for name, seconds, share in result.rows()],
+    )
+    _say(
+        f"{result.wall:.0f} s on {result.cores} cores; {result.share_elsewhere:.1%} outside data, training and"
+        f" evaluation; at most {result.memory_mb:.0f} MB (the {result.cores} largest jobs together)"
+    )
+
+
+def _run(text: str) -> tuple[int | str, int]:
+    degree, separator, seed = text.partition(":")
+    if not separator or not seed.isdigit() or not (degree.isdigit() or degree == "random"):
+        raise TocomError(f"--run {text!r}: write DEGREE:SEED, for example 8:0 or random:1")
+    return (int(degree) if degree.isdigit() else degree), int(seed)
+
+
+def _check_template(output: str, runs: list) -> None:
+    try:
+        paths = {output.format(degree=degree, seed=seed) for degree, seed in runs}
+    except (KeyError, IndexError, ValueError) as error:
+        raise TocomError(f"--output {output!r}: only {{degree}} and {{seed}} can be filled in ({error})") from None
+    if len(paths) < len(runs):
+        raise TocomError(f"--output {output!r} would write several runs to one file; put {{degree}} or {{seed}} in it")
+
+
+def _columns(texts: list[str] | None) -> dict[str, str]:
+    for text in texts or []:
+        if "=" not in text:
+            raise TocomError(f"--column {text!r}: write NAME=VALUE, for example --column study=demo")
+    return dict(text.split("=", 1) for text in texts or [])
+
+
+def _json(text: str, option: str) -> dict:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise TocomError(f"{option} {text!r} is not JSON ({error})") from None
+
+
+def _say(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*header)
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+def main() -> None:
+    """Run the command line; a TocomError is one line on standard error and exit status 1."""
+    try:
+        app()
+    except TocomError as error:
+        print(f"tocom: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

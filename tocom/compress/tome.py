@@ -1,0 +1,76 @@
+"""Token merging by bipartite soft matching (ToMe, arXiv 2210.09461, section 3)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tocom.compress.base import Attention, Compressor, gather, ones_like_size
+
+
+class Matching(NamedTuple):
+    """Which tokens of A merge into which tokens of B, as positions in the sequence.
+
+    Attributes:
+        source: A tokens that merge [B, r]. target: the B token that each merges into, as an index into B [B, r].
+        kept: A tokens that stay, ascending [B, len(A) - r].
+    """
+
+    source: Tensor
+    target: Tensor
+    kept: Tensor
+
+
+def match(metric: Tensor, count: int, prefix: int) -> Matching:
+    """Pair each even token (A) with its most similar odd token (B) and pick the ``count`` most similar pairs.
+
+    Args:
+        metric: what tokens are compared by [B, N, C]; the similarity is the cosine.
+        count: pairs to merge; at most half of the tokens that are not in the prefix.
+        prefix: leading tokens that neither merge nor receive (class, distillation, registers).
+    """
+    metric = F.normalize(metric, dim=-1)
+    similarity = metric[:, ::2] @ metric[:, 1::2].transpose(-1, -2)
+    similarity[:, : (prefix + 1) // 2] = -torch.inf
+    similarity[:, :, : prefix // 2] = -torch.inf
+    best, partner = similarity.max(dim=-1)
+    order = best.argsort(dim=-1, descending=True, stable=True)
+    merging, staying = order[:, :count], order[:, count:].sort(dim=-1).values
+    return Matching(2 * merging, partner.gather(1, merging), 2 * staying)
+
+
+def merge(x: Tensor, size: Tensor, matching: Matching, prefix: int) -> tuple[Tensor, Tensor]:
+    """Average matched tokens, weighted by size.
+
+    Args:
+        x: tokens [B, N, D]. size: [B, N, 1].
+
+    Returns:
+        Tokens [B, N - r, D] and sizes [B, N - r, 1]: prefix tokens, then the A tokens that stayed, then B.
+    """
+    odd = torch.arange(1, x.shape[1], 2, device=x.device).expand(x.shape[0], -1)
+    mass = torch.cat([x * size, size], dim=-1)  # one pass sums values and sizes alike
+    received = gather(mass, matching.source)
+    target = matching.target.unsqueeze(-1).expand_as(received)
+    merged = gather(mass, odd).scatter_add(1, target, received)
+    kept = gather(mass, matching.kept)
+    in_a, in_b = (prefix + 1) // 2, prefix // 2
+    head = gather(mass, torch.arange(prefix, device=x.device).expand(x.shape[0], -1))
+    mass = torch.cat([head, kept[:, in_a:], merged[:, in_b:]], dim=1)
+    size = mass[..., -1:]
+    return mass[..., :-1] / size, size
+
+
+class ToMe(Compressor):
+    """Merge the ``r`` most similar pairs of tokens, compared by their keys averaged over heads."""
+
+    name = "tome"
+    tracks_size = True
+
+    def reduce(self, x: Tensor, size: Tensor | None, count: int, attention: Attention):
+        """Merge exactly ``count`` tokens; see :class:`~tocom.compress.base.Compressor`."""
+        matching = match(attention.k.detach().mean(dim=1), count, attention.prefix)
+        return merge(x, ones_like_size(x) if size is None else size, matching, attention.prefix)

@@ -1,0 +1,16 @@
+"""The one exception that a user is meant to read."""
+
+
+class TocomError(Exception):
+    """A problem with what the user gave: one line that names the cause and the fix.
+
+    The command line prints it without a traceback and exits with status 1.
+    """
+
+
+def suggest(word: str, known) -> str:
+    """Return `` (did you mean 'x'?)`` for the entry of ``known`` closest to ``word``, or ``''``."""
+    from difflib import get_close_matches
+
+    close = get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

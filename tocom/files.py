@@ -1,0 +1,167 @@
+"""Files that are either whole or absent, and tensors that come back as they went in."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tocom.errors import TocomError
+from tocom.timing import counting_files
+
+#: First bytes of the formats that hide code: zip (torch.save), pickle protocols 2 to 5.
+_FOREIGN = {b"PK": "a zip archive, as torch.save writes", b"\x80": "a Python pickle"}
+
+
+@contextlib.contextmanager
+def atomic(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; rename it into place only if the block succeeds.
+
+    Raises:
+        TocomError: the disk is full or the folder cannot be written to; nothing is left behind.
+    """
+    path = Path(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+        temporary = Path(name)
+        os.close(handle)
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)  # mkstemp and safetensors make private files; results are to be shared
+        temporary.replace(path)
+    except OSError as error:
+        raise TocomError(
+            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
+        ) from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write ``text`` to ``path``, all of it or nothing."""
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def save_tensors(path: str | os.PathLike, tensors: dict, metadata: dict[str, Any] | None = None) -> None:
+    """Write named torch tensors and JSON-able metadata as safetensors, all of it or nothing.
+
+    The same tensors and metadata always give the same bytes.
+    """
+    from safetensors.torch import save_file
+
+    _write(path, save_file, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+
+
+def _write(path: str | os.PathLike, save_file: Callable, tensors: dict, metadata: dict[str, Any] | None) -> None:
+    from safetensors import SafetensorError
+
+    text = {key: json.dumps(value, sort_keys=True) for key, value in (metadata or {}).items()}
+    with counting_files(), atomic(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata=text | {"checksum": json.dumps(_checksum(text))})
+        except SafetensorError as error:  # safetensors reports a full disk in its own type
+            raise OSError(str(error)) from error
+        _sort_header(temporary)
+
+
+def _checksum(text: dict[str, str]) -> str:
+    return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()
+
+
+def _sort_header(path: Path) -> None:
+    """Sort the header in place: safetensors writes metadata in random order, and the same file has the same bytes."""
+    with path.open("r+b") as stream:
+        size = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(size))
+        stream.seek(8)
+        stream.write(json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
+
+
+def _read(path: str | os.PathLike, framework: str) -> tuple[dict, dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    if not path.is_file():
+        raise TocomError(f"no such file: {path}; check the path, or run the stage that makes it")
+    try:
+        with counting_files(), safe_open(path, framework=framework) as file:
+            metadata = _decode(file.metadata() or {})
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118, it is no dict
+    except (SafetensorError, ValueError) as error:
+        _refuse_pickle(path)
+        reason = str(error).splitlines()[0]
+        raise TocomError(
+            f"{path} is corrupt or not a safetensors file ({reason}); delete it and make it again"
+        ) from None
+
+
+def _decode(text: dict[str, str]) -> dict[str, Any]:
+    """Return metadata as it was given to :func:`save_tensors`; what another program wrote may stay text."""
+    checksum = text.pop("checksum", None)
+    if checksum is not None and checksum != json.dumps(_checksum(text)):
+        raise ValueError("its metadata do not match their hash")
+    metadata = dict(text)
+    for key, value in text.items():
+        with contextlib.suppress(json.JSONDecodeError):
+            metadata[key] = json.loads(value)
+    return metadata
+
+
+def _refuse_pickle(path: Path) -> None:
+    """Say so if a file that is not safetensors is in a format that hides code."""
+    with path.open("rb") as stream:
+        start = stream.read(9)
+    for magic, what in _FOREIGN.items():
+        if start.startswith(magic) and start[8:] != b"{":  # the header of safetensors may begin with the same bytes
+            raise TocomError(
+                f"{path} is {what}, not a safetensors file; pickles can run code and are refused:"
+                " convert it with safetensors, or a public ToCom checkpoint with `tocom import`"
+            )
+
+
+def load_tensors(path: str | os.PathLike) -> tuple[dict, dict[str, Any]]:
+    """Read a safetensors file into torch tensors and its metadata.
+
+    Raises:
+        TocomError: the file is missing, corrupt, or a pickle in disguise.
+    """
+    return _read(path, "pt")
+
+
+def save_arrays(path: str | os.PathLike, arrays: dict, metadata: dict[str, Any] | None = None) -> None:
+    """:func:`save_tensors` for NumPy arrays; does not import torch."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
+    _write(path, save_file, {name: np.ascontiguousarray(array) for name, array in arrays.items()}, metadata)
+
+
+def load_arrays(path: str | os.PathLike) -> tuple[dict, dict[str, Any]]:
+    """:func:`load_tensors` for NumPy arrays; does not import torch."""
+    return _read(path, "np")
+
+
+def sha256(path: str | os.PathLike) -> str:
+    """Return the SHA-256 of a file as 64 hexadecimal digits."""
+    with Path(path).open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def digest(tensors: dict) -> str:
+    """Return a SHA-256 over named tensors that does not depend on file layout or device."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        array = tensors[name].detach().cpu().float().contiguous().numpy()
+        total.update(name.encode())
+        total.update(array.tobytes())
+    return total.hexdigest()

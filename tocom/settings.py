@@ -1,0 +1,156 @@
+"""Settings of the stages: what can be tuned, its type, range and default, and what it means.
+
+Configs, the command line and the Python functions all use these names. Imports neither torch nor timm, so that a
+workflow with thousands of jobs is planned quickly.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tocom.errors import TocomError, suggest
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Settings(BaseModel):
+    """Base of all settings: unknown keys are errors, values cannot be changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    def options(self) -> str:
+        """Return the settings as ``--set key=value`` options, for a shell command that shows all of them."""
+        import shlex
+
+        values = self.model_dump(mode="json")
+        return " ".join(f"--set {shlex.quote(f'{key}={json.dumps(value)}')}" for key, value in values.items())
+
+
+class Optimisation(Settings):
+    """Settings that all three training stages share."""
+
+    epochs: Positive = Field(10, description="passes over the training images")
+    batch_size: Positive = Field(64, description="images a step")
+    lr: float = Field(5e-4, gt=0, description="peak learning rate")
+    lr_batch: Positive | None = Field(None, description="if set, lr is for this batch size and scaled linearly")
+    min_lr: float = Field(1e-5, ge=0, description="learning rate at the end of the cosine")
+    warmup_epochs: Annotated[int, Field(ge=0)] = Field(0, description="epochs of linear warm-up")
+    weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay")
+    drop_path: Fraction = Field(0.0, description="stochastic depth rate while training")
+    threads: Positive = Field(1, description="torch CPU threads; part of the recipe, since sums depend on it")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+
+    @property
+    def peak_lr(self) -> float:
+        """Learning rate after linear scaling with the batch size."""
+        return self.lr * self.batch_size / self.lr_batch if self.lr_batch else self.lr
+
+
+class PretrainSettings(Optimisation):
+    """How the embedded backbone is made from procedural letters."""
+
+    epochs: Positive = 20
+    batch_size: Positive = 96
+    lr: float = Field(1e-3, gt=0)
+    warmup_epochs: Annotated[int, Field(ge=0)] = 1
+    threads: Positive = 2
+    label_smoothing: Fraction = 0.1
+    images: Positive = Field(40_000, description="pre-training images to generate")
+    held_out: Positive = Field(2_000, description="images for the accuracies on the model card")
+
+
+class FinetuneSettings(Optimisation):
+    """How a backbone is fine-tuned for one task at one train degree."""
+
+    label_smoothing: Fraction = Field(0.1, description="label smoothing of the cross-entropy")
+    shift: Annotated[int, Field(ge=0)] = Field(2, description="augmentation: random shift by up to so many pixels")
+
+
+class DistilSettings(Optimisation):
+    """How ToCom is distilled on the pre-trained backbone."""
+
+    epochs: Positive = 6
+    batch_size: Positive = 96
+    lr: float = Field(5e-3, gt=0)
+    rank: Positive = Field(2, description="rank of one step's update")
+    trained_scale: float = Field(1.0, gt=0, description="factor on the update while it is distilled")
+    dropout: Fraction = Field(0.1, description="dropout on the bottleneck")
+    images: Positive = Field(20_000, description="pre-training images to use")
+    held_out: Positive = Field(1_000, description="further images, to choose the best epoch on")
+    pairs: Positive = Field(12, description="held-out (source, target) pairs that the best epoch is chosen on")
+
+
+class EvaluateSettings(Settings):
+    """How the cells of a checkpoint are evaluated."""
+
+    scales: tuple[Annotated[float, Field(ge=0)], ...] = Field(
+        (0.0, 0.25, 0.5, 0.75, 1.0, 1.25),
+        description="candidate ToCom scales, as multiples of the trained scale; 0 declines",
+    )
+    select_by: Literal["loss", "accuracy"] = Field("loss", description="validation figure that the scale is chosen by")
+    batch_size: Positive = Field(250, description="images a forward pass")
+    threads: Positive = 1
+    device: str = "auto"
+
+
+class ThroughputSettings(Settings):
+    """How speed and memory are measured."""
+
+    batch_size: Positive = Field(64, description="images a forward pass")
+    repeats: Positive = Field(40, description="timed rounds; every model takes a turn in each")
+    warmup: Positive = Field(3, description="forward passes before the first round")
+    threads: Positive = 1
+    device: str = "auto"
+
+
+def explain(error: ValidationError, where: str, known: dict[str, type[BaseModel]] | None = None) -> TocomError:
+    """Turn pydantic's report into one line: the place, the value, what is wrong, and a likely correction."""
+    problems = []
+    for item in error.errors():
+        place = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            owner = ".".join(str(part) for part in item["loc"][:-1])
+            names = (known or {}).get(owner)
+            hint = suggest(item["loc"][-1], names.model_fields) if names else ""
+            problems.append(f"unknown key {place!r}{hint}")
+        elif item["type"] == "missing":
+            problems.append(f"key {place!r} is missing")
+        else:
+            message = item["msg"].removeprefix("Value error, ")
+            problems.append(f"{place or 'the config'} = {item['input']!r}: {message}" if place else message)
+    return TocomError(f"{where}: " + "; ".join(problems))
+
+
+def parse(kind: type[Settings], pairs: list[str]) -> Settings:
+    """Build settings from ``key=value`` strings; values are JSON, or plain text where that fails.
+
+    Raises:
+        TocomError: an unknown key, or a value of the wrong type or out of range.
+    """
+    values = {}
+    for pair in pairs:
+        key, separator, text = pair.partition("=")
+        if not separator:
+            raise TocomError(f"--set {pair!r}: write key=value, for example --set epochs=5")
+        try:
+            values[key] = json.loads(text)
+        except json.JSONDecodeError:
+            values[key] = text
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        raise explain(error, "--set", {"": kind}) from None
+
+
+#: Stage (and section of a config) -> its settings.
+STAGES: dict[str, type[Settings]] = {
+    "pretrain": PretrainSettings,
+    "finetune": FinetuneSettings,
+    "distil": DistilSettings,
+    "evaluate": EvaluateSettings,
+    "throughput": ThroughputSettings,
+}

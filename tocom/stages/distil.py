@@ -1,0 +1,122 @@
+"""Distil ToCom once for a backbone and a compressor (arXiv 2408.06798, section 4.2)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tocom.compensator import Compensator
+from tocom.models import load_model, pick_device
+from tocom.settings import DistilSettings
+from tocom.stages.pretrain import letters
+from tocom.training import derive_seed, fit, forget, make_deterministic, normalise, resume_path
+from tocom.vit import CompressedViT
+
+
+def draw_pair(steps: int, generator: torch.Generator | None = None) -> tuple[int, int]:
+    """Draw two different degrees (source, target) uniformly from 0..steps."""
+    source, target = (int(torch.randint(high, (), generator=generator)) for high in (steps + 1, steps))
+    return source, target + (target >= source)
+
+
+def distillation_loss(teacher: Tensor, student: Tensor) -> Tensor:
+    """Return KL(teacher || student) of logits [B, classes] at temperature 1, averaged over images, in nats."""
+    return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
+
+
+class Distiller(nn.Module):
+    """The frozen backbone as teacher and student, and the compensator that is trained between them."""
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, compensator: Compensator):
+        super().__init__()
+        for model in (teacher, student):
+            model.requires_grad_(False)
+        self.teacher = CompressedViT(teacher.eval(), compensator.compressor)
+        self.student = CompressedViT(student, compensator.compressor)
+        self.compensator = compensator
+
+    def train(self, mode: bool = True) -> Distiller:
+        """Set the mode of student and compensator; the teacher always stays in eval mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, images: Tensor, source: int, target: int) -> Tensor:
+        """Return the loss on images [B, 3, H, W]: the teacher runs at ``source``, the student at ``target``."""
+        with torch.no_grad():
+            expected = self.teacher.set_degree(source)(images)
+        self.student.set_live_update(self.compensator, self.compensator.coefficients(source, target))
+        return distillation_loss(expected, self.student.set_degree(target)(images))
+
+
+def distil(
+    backbone: str | os.PathLike,
+    output: str | os.PathLike,
+    max_degree: int,
+    compressor: str = "tome",
+    seed: int = 0,
+    settings: DistilSettings | None = None,
+    images: Callable[[int, bool], tuple[Tensor, Tensor]] = letters,
+) -> dict:
+    """Train a compensator for degrees 0..max_degree on the backbone's pre-training images; labels are not used.
+
+    Args:
+        backbone: a bundled name or a checkpoint. output: the compensator to write.
+        images: gives (n, held_out) -> images [n, 3, H, W] uint8 and labels, which are ignored.
+
+    Returns:
+        What is stored with the compensator: hashes, recipe, held-out KL with and without it (nats).
+
+    Raises:
+        TocomError: an input is missing or corrupt, or the loss turns NaN.
+    """
+    settings = settings or DistilSettings()
+    make_deterministic(settings.threads)
+    device = pick_device(settings.device)
+    teacher, described = load_model(backbone)
+    student, _ = load_model(backbone, drop_path_rate=settings.drop_path)
+    torch.manual_seed(derive_seed(seed, "compensator"))
+    compensator = Compensator.for_model(
+        teacher,
+        max_degree,
+        rank=settings.rank,
+        compressor=compressor,
+        trained_scale=settings.trained_scale,
+        dropout=settings.dropout,
+    )
+    distiller = Distiller(teacher, student, compensator).to(device)
+    pixels = images(settings.images, False)[0].to(device)
+    held_out = images(settings.held_out, True)[0].to(device)
+    generator = torch.Generator().manual_seed(derive_seed(seed, "held-out pairs"))
+    pairs = [draw_pair(max_degree, generator) for _ in range(settings.pairs)]
+
+    def step(indices: Tensor) -> Tensor:
+        source, target = draw_pair(max_degree)
+        return distiller(normalise(pixels[indices]), source, target)
+
+    @torch.no_grad()
+    def score() -> tuple[float]:
+        distiller.eval()
+        chunks = held_out.split(-(-len(held_out) // len(pairs)))  # a part of the images for every pair
+        losses = [distiller(normalise(chunk), *pair) for chunk, pair in zip(chunks, pairs, strict=False)]
+        return (-float(torch.stack(losses).mean()),)
+
+    before = -score()[0]
+    title = f"distil {compressor} seed {seed}"
+    record = fit(step, distiller, len(pixels), settings, seed, score, title, resume_path(output))
+    compensator.metadata = {
+        "backbone": described["architecture"],
+        "backbone_sha256": described["sha256"],
+        "seed": seed,
+        "recipe": settings.model_dump(mode="json"),
+        "best_epoch": record["best_epoch"],
+        "held_out_kl": -record["score"][0],
+        "held_out_kl_without": before,
+    }
+    compensator.save(output)
+    forget(output)
+    return compensator.metadata

@@ -1,0 +1,97 @@
+"""Evaluate all cells of a batch of checkpoints with one decoded task; carry gaps between tasks; measure speed."""
+
+for _index, _batch in enumerate(STUDY.batches):
+
+    rule:
+        name:
+            f"evaluate_{_index}"
+        input:
+            data=DATA,
+            compensator=COMPENSATOR,
+            checkpoints=over(CHECKPOINT, _batch),
+        output:
+            over(PREDICTIONS, _batch),
+        log:
+            f"{LOGS}/evaluate/{{backbone}}/{{compressor}}/{{task}}/batch-{_index}.log",
+        benchmark:
+            f"{BENCHMARKS}/evaluate/{{backbone}}/{{compressor}}/{{task}}/batch-{_index}.tsv"
+        conda:
+            "../envs/tocom.yaml"
+        threads: STUDY.evaluate.threads
+        resources:
+            mem_mb=lambda wildcards, attempt: 2000 * attempt,
+            runtime=lambda wildcards, attempt: 60 * attempt,
+            gpu=GPUS,
+        params:
+            checkpoints=lambda wildcards, input: options(
+                "checkpoint", input.checkpoints
+            ),
+            outputs=lambda wildcards, output: options("output", output),
+            degrees=options("degree", STUDY.infer_degrees),
+            settings=STUDY.evaluate.options(),
+        shell:
+            "tocom evaluate {input.data} --compensator {input.compensator} {params.checkpoints} {params.degrees}"
+            " {params.settings} {params.outputs} > {log} 2>&1"
+
+
+rule transfer:
+    input:
+        data=DATA,
+        checkpoints=gap_checkpoints,
+    output:
+        f"{ROOT}/transfer/{{backbone}}/{{compressor}}/{{task}}.csv",
+    log:
+        f"{LOGS}/transfer/{{backbone}}/{{compressor}}/{{task}}.log",
+    benchmark:
+        f"{BENCHMARKS}/transfer/{{backbone}}/{{compressor}}/{{task}}.tsv"
+    conda:
+        "../envs/tocom.yaml"
+    threads: STUDY.evaluate.threads
+    resources:
+        mem_mb=lambda wildcards, attempt: 2000 * attempt,
+        runtime=lambda wildcards, attempt: 60 * attempt,
+        gpu=GPUS,
+    params:
+        checkpoints=lambda wildcards: options(
+            "checkpoint", STUDY.gap_options(CHECKPOINT, **wildcards)
+        ),
+        settings=STUDY.evaluate.options(),
+        columns=lambda wildcards: options(
+            "column",
+            [
+                f"study={STUDY.study}",
+                f"backbone={wildcards.backbone}",
+                f"compressor={wildcards.compressor}",
+            ],
+        ),
+    shell:
+        "tocom transfer {input.data} {params.checkpoints} {params.columns} {params.settings} --output {output} > {log} 2>&1"
+
+
+rule throughput:
+    input:
+        backbone=backbone_file,
+        compensator=COMPENSATOR,
+    output:
+        f"{ROOT}/throughput/{{backbone}}/{{compressor}}.csv",
+    log:
+        f"{LOGS}/throughput/{{backbone}}/{{compressor}}.log",
+    benchmark:
+        f"{BENCHMARKS}/throughput/{{backbone}}/{{compressor}}.tsv"
+    conda:
+        "../envs/tocom.yaml"
+    # Alone on the machine, so that other jobs do not disturb the clock.
+    threads: workflow.cores
+    resources:
+        mem_mb=lambda wildcards, attempt: 2000 * attempt,
+        runtime=lambda wildcards, attempt: 30 * attempt,
+        gpu=GPUS,
+    params:
+        degrees=options("degree", sorted({0, *STUDY.infer_degrees})),
+        settings=STUDY.throughput.options(),
+        columns=lambda wildcards: options(
+            "column", [f"study={STUDY.study}", f"backbone={wildcards.backbone}"]
+        ),
+    shell:
+        "tocom throughput {input.backbone} --compressor {wildcards.compressor} --compensator {input.compensator}"
+        " {params.degrees} {params.columns} {params.settings} --output {output} > {log} 2>&1"
