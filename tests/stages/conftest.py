@@ -1,0 +1,36 @@
+"""A backbone, a task and a compensator small enough to train in a second."""
+
+import pytest
+
+from tocom.data.registry import prepare
+from tocom.models import create, save_model
+from tocom.settings import DistilSettings, FinetuneSettings
+from tocom.stages.distil import distil
+
+KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 41}
+QUICK = FinetuneSettings(epochs=2, batch_size=16, lr=2e-3, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory):
+    import torch
+
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("backbone") / "tiny.safetensors"
+    save_model(path, create("vit_tiny_patch16_224", KWARGS), "vit_tiny_patch16_224", KWARGS)
+    return path
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "digits.safetensors"
+    prepare("digits", path, {"train": 64, "val": 32, "test": 40})
+    return path
+
+
+@pytest.fixture(scope="session")
+def compensator(backbone, tmp_path_factory):
+    path = tmp_path_factory.mktemp("compensator") / "tome.safetensors"
+    settings = DistilSettings(epochs=2, images=64, held_out=32, pairs=4, batch_size=32, device="cpu")
+    distil(backbone, path, max_degree=4, settings=settings)
+    return path

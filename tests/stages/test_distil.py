@@ -1,0 +1,74 @@
+"""Distillation: the objective, the draws, and that only the compensator learns."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from tests.stages.conftest import KWARGS
+from tocom.compensator import Compensator
+from tocom.errors import TocomError
+from tocom.models import create
+from tocom.settings import DistilSettings
+from tocom.stages.distil import Distiller, distil, distillation_loss, draw_pair
+from tocom.training import normalise
+
+QUICK = DistilSettings(epochs=2, images=64, held_out=32, pairs=4, batch_size=32, device="cpu")
+
+
+def test_pairs_are_uniform_over_different_degrees():
+    torch.manual_seed(0)
+    draws = Counter(draw_pair(3) for _ in range(12_000))
+    assert set(draws) == {(m, n) for m in range(4) for n in range(4) if m != n}
+    assert max(abs(count - 1000) for count in draws.values()) < 130  # four standard deviations
+
+
+def test_the_loss_is_the_kl_divergence_from_teacher_to_student():
+    teacher, student = torch.randn(2, 5, 7)
+    p, q = teacher.softmax(-1), student.softmax(-1)
+    expected = sum(float((p[i] * (p[i] / q[i]).log()).sum()) for i in range(5)) / 5
+    assert float(distillation_loss(teacher, student)) == pytest.approx(expected, rel=1e-5)
+    assert float(distillation_loss(teacher, teacher)) == pytest.approx(0, abs=1e-6)
+
+
+def test_only_the_compensator_learns_and_the_teacher_is_plain():
+    models = [create("vit_tiny_patch16_224", KWARGS) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    compensator = Compensator.for_model(models[0], 4)
+    distiller = Distiller(*models, compensator).train()
+    assert {name for name, p in distiller.named_parameters() if p.requires_grad} == {
+        "compensator.down",
+        "compensator.up",
+    }
+    images = normalise(torch.randint(0, 255, (4, 3, 32, 32), dtype=torch.uint8))
+    loss = distiller(images, 0, 4)
+    loss.backward()
+    with torch.no_grad():
+        teacher = distiller.teacher.set_degree(0)(images)
+        student = distiller.student.set_live_update(None) or distiller.student.set_degree(4)(images)
+    assert float(loss.detach()) == pytest.approx(float(F.kl_div(
+        student.log_softmax(-1), teacher.softmax(-1), reduction="sum") / 4), rel=1e-4)  # fmt: skip
+    assert compensator.up.grad.abs().sum() > 0
+    assert not distiller.teacher.model.training
+
+
+def test_a_longer_distillation_lowers_the_held_out_divergence(backbone, tmp_path):
+    about = distil(backbone, tmp_path / "c", 4, settings=QUICK.model_copy(update={"epochs": 12, "lr": 2e-2}))
+    assert about["held_out_kl"] < 0.97 * about["held_out_kl_without"]
+
+
+def test_distilling_twice_gives_the_same_bytes_and_says_what_it_is(backbone, tmp_path):
+    for name in "ab":
+        distil(backbone, tmp_path / name, 4, settings=QUICK)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+    loaded = Compensator.load(tmp_path / "a")
+    assert loaded.steps == 4
+    assert loaded.metadata["recipe"]["rank"] == 2
+    assert len(loaded.metadata["backbone_sha256"]) == 64
+
+
+def test_a_loss_that_turns_nan_leaves_no_output(backbone, tmp_path):
+    with pytest.raises(TocomError, match="the loss became"):
+        distil(backbone, tmp_path / "c", 4, settings=QUICK.model_copy(update={"lr": 1e30, "epochs": 4}))
+    assert not (tmp_path / "c").exists()
