@@ -27,4 +27,5 @@ include: "workflow/rules/aggregate.smk"
 rule all:
     default_target: True
     input:
+        INTERMEDIATE,
         RESULTS,

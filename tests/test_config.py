@@ -32,6 +32,15 @@ def test_the_committed_schema_is_that_of_the_code():
     assert committed == schema()
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_fits_the_schema_that_editors_use(path):
+    import jsonschema
+
+    jsonschema.validate(yaml.safe_load(path.read_text()), schema())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**yaml.safe_load(path.read_text()), "sedes": [1]}, schema())
+
+
 def test_every_setting_of_every_stage_says_what_it_means():
     missing = [
         f"{stage}.{name}"
@@ -63,6 +72,13 @@ def test_names_of_compressors_match_the_registry():
         (changed(backbones=[{"name": "mine"}]), "needs a checkpoint, or an architecture"),
         ({key: value for key, value in DEMO.items() if key != "tasks"}, "key 'tasks' is missing"),
         (changed(finetune={"lr": -1}), "finetune.lr = -1"),
+        (changed(evaluate={"scales": [0.5, 1]}), "0 must be among the scales"),
+        (changed(train_degrees=[0], infer_degrees=[0]), "no gap to close"),
+        (changed(backbones=[{"name": "a", "checkpoint": "a.st", "image_size": 224}]), "use folders of images"),
+        (
+            changed(backbones=[{"name": "a", "checkpoint": "x"}, {"name": "b", "checkpoint": "y", "image_size": 64}]),
+            "images of different sizes",
+        ),
     ],
 )
 def test_a_mistake_in_a_config_is_one_line_that_names_it(config, message):

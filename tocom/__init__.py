@@ -15,6 +15,7 @@ _HOMES = {
     "make_compressor": "tocom.compress",
     "Inflected": "tocom.degrees",
     "load_model": "tocom.models",
+    "save_model": "tocom.models",
     "TocomError": "tocom.errors",
     "prepare": "tocom.data.registry",
     "pretrain": "tocom.stages.pretrain",

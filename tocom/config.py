@@ -16,9 +16,11 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from tocom.data.glyphs import SIZE as GLYPH_SIZE
 from tocom.data.registry import TASKS
 from tocom.errors import TocomError, suggest
 from tocom.settings import (
+    RANDOM,
     DistilSettings,
     EvaluateSettings,
     FinetuneSettings,
@@ -46,7 +48,9 @@ class Backbone(Settings):
     kwargs: dict[str, Any] = Field({}, description="overrides of the timm model's arguments, likewise")
     image_size: Positive = Field(32, description="side of the images it takes, in pixels")
     patch_size: Positive = Field(4, description="side of its patches, in pixels")
-    prefix_tokens: Annotated[int, Field(ge=0)] = Field(1, description="class, distillation and register tokens")
+    distil_images: str | None = Field(
+        None, description="folder of pre-training images to distil ToCom on; null: the bundled letters"
+    )
 
     @model_validator(mode="after")
     def _has_a_source(self):
@@ -82,8 +86,6 @@ class AnalysisSettings(Settings):
     """Statistics, tables and figures."""
 
     resamples: Positive = Field(2_000, description="bootstrap resamples")
-    level: float = Field(0.95, gt=0, lt=1, description="level of the intervals")
-    metric: Literal["accuracy"] = "accuracy"
 
 
 class VerifySettings(Settings):
@@ -91,6 +93,7 @@ class VerifySettings(Settings):
 
     cell_points: float = Field(8.0, gt=0, description="largest difference of one cell's accuracy, in points")
     mean_points: float = Field(2.0, gt=0, description="largest difference of a mean over seeds and tasks, in points")
+    gain_points: float = Field(1.5, gt=0, description="largest difference of a mean gain of ToCom, in points")
 
 
 class Checkpoint(NamedTuple):
@@ -106,9 +109,9 @@ class Study(Settings):
     study: str = Field(description="name of the study and of its folder under results/")
     backbones: tuple[Backbone, ...] = Field(min_length=1)
     compressors: tuple[str, ...] = Field(("tome",), min_length=1)
-    tasks: tuple[TaskEntry, ...] = Field(min_length=1)
+    tasks: tuple[str | TaskEntry, ...] = Field(min_length=1, description="registered names, or entries with a folder")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
-    train_degrees: tuple[Degree | Literal["random"], ...] = Field(min_length=1)
+    train_degrees: tuple[Degree | Literal[RANDOM], ...] = Field(min_length=1)
     infer_degrees: tuple[Degree, ...] = Field(min_length=1)
     max_degree: Positive = Field(description="highest degree that ToCom is distilled for")
     distil_seed: Annotated[int, Field(ge=0)] = 0
@@ -124,10 +127,10 @@ class Study(Settings):
     analysis: AnalysisSettings = AnalysisSettings()
     verify: VerifySettings = VerifySettings()
 
-    @field_validator("tasks", mode="before")
+    @field_validator("tasks")
     @classmethod
     def _names_are_tasks(cls, value):
-        return [{"name": item} if isinstance(item, str) else item for item in value] if _is_list(value) else value
+        return tuple(TaskEntry(name=item) if isinstance(item, str) else item for item in value)
 
     @field_validator("compressors")
     @classmethod
@@ -153,6 +156,9 @@ class Study(Settings):
             raise ValueError(
                 f"degree {highest} is out of range: max_degree is {self.max_degree}; raise it or drop {highest}"
             )
+        if not any(train != infer for train in self.fixed_train_degrees for infer in self.infer_degrees):
+            raise ValueError("no train degree differs from an inference degree; ToCom has no gap to close")
+        self._images_fit()
         for backbone in self.backbones:
             patches = (backbone.image_size // backbone.patch_size) ** 2
             if self.max_degree > patches // 2:
@@ -161,6 +167,16 @@ class Study(Settings):
                     f" and a block removes at most half of them"
                 )
         return self
+
+    def _images_fit(self) -> None:
+        sizes = {backbone.image_size for backbone in self.backbones}
+        if len(sizes) > 1:
+            raise ValueError(f"backbones take images of different sizes {sorted(sizes)}; give each size its own study")
+        if sizes != {GLYPH_SIZE} and any(task.folder is None for task in self.tasks):
+            raise ValueError(
+                f"registered tasks have {GLYPH_SIZE} x {GLYPH_SIZE} images, the backbones take {sizes.pop()};"
+                " use folders of images"
+            )
 
     # --- the grid -------------------------------------------------------------------------------------------
 
@@ -206,12 +222,27 @@ class Study(Settings):
     @property
     def figure_names(self) -> tuple[str, ...]:
         """The figures of a paper, without their endings."""
-        return ("accuracy_vs_gflops", "gain_heatmap", *(["gap_transfer"] if self.gap_degrees else []))
+        return tuple(self.figure_kinds)
+
+    @property
+    def figure_kinds(self) -> dict[str, str]:
+        """Every figure's name and what it shows; with several models, all but the first have theirs in the name."""
+        kinds = ("accuracy_vs_gflops", "gain_heatmap", *(["gap_transfer"] if self.gap_degrees else []))
+        models = sorted(product([backbone.name for backbone in self.backbones], self.compressors))
+        suffixes = [
+            f"_{backbone}_{compressor}" if number else "" for number, (backbone, compressor) in enumerate(models)
+        ]
+        return {kind + suffix: kind for suffix in suffixes for kind in kinds}
 
     def folder_option(self, task: str) -> str:
         """Return the options with which `tocom prepare` finds a task that is a folder of images."""
         folder = self.task(task).folder
         return f"--folder {shlex.quote(folder)} --image-size {self.backbones[0].image_size}" if folder else ""
+
+    def distil_options(self, backbone: str) -> str:
+        """Return the option that names the images that ToCom is distilled on, if they are not the letters."""
+        folder = self.backbone(backbone).distil_images
+        return f"--images {shlex.quote(folder)}" if folder else ""
 
     def pretrain_options(self, backbone: str) -> str:
         """Return the options with which `tocom pretrain` builds a backbone."""
@@ -236,10 +267,6 @@ class Study(Settings):
     def backbone(self, name: str) -> Backbone:
         """Return the backbone called ``name``."""
         return next(backbone for backbone in self.backbones if backbone.name == name)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, list | tuple)
 
 
 def _sections() -> dict[str, type]:

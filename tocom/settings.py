@@ -9,10 +9,14 @@ from __future__ import annotations
 import json
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from tocom.errors import TocomError, suggest
 
+#: The train degree of the rival that draws a new degree for every step.
+RANDOM = "random"
+#: How a row of the transfer says that no gap was added.
+NO_GAP = "none"
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -89,12 +93,19 @@ class EvaluateSettings(Settings):
 
     scales: tuple[Annotated[float, Field(ge=0)], ...] = Field(
         (0.0, 0.25, 0.5, 0.75, 1.0, 1.25),
-        description="candidate ToCom scales, as multiples of the trained scale; 0 declines",
+        description="candidate ToCom scales, as multiples of the trained scale; 0 declines and has to be among them",
     )
     select_by: Literal["loss", "accuracy"] = Field("loss", description="validation figure that the scale is chosen by")
     batch_size: Positive = Field(250, description="images a forward pass")
     threads: Positive = 1
     device: str = "auto"
+
+    @field_validator("scales")
+    @classmethod
+    def _can_decline(cls, value):
+        if 0 not in value:
+            raise ValueError("0 must be among the scales, so that ToCom can decline")
+        return value
 
 
 class ThroughputSettings(Settings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -34,10 +35,14 @@ def process_age() -> float:
 
 @contextmanager
 def timed(stage: str, threads: int = 1) -> Iterator[None]:
-    """Report, on standard error, how long the block took, how long files took, and how long start-up had taken."""
+    """Report, on standard error, how long the block took, how long files took, how long start-up had taken,
+    and the most memory (MB, 10^6 bytes) that the process has had."""
     before, files, start = process_age(), _files, time.perf_counter()
     yield
     elapsed, files = time.perf_counter() - start, _files - files
     figures = {"start_up": before, "files": files, "compute": elapsed - files}
-    line = {"stage": stage, "threads": threads} | {name: round(value, 3) for name, value in figures.items()}
+    memory_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1e-6 if sys.platform == "darwin" else 1.024e-3)
+    line = {"stage": stage, "threads": threads, "memory_mb": round(memory_mb)} | {
+        name: round(value, 3) for name, value in figures.items()
+    }
     print(MARK + json.dumps(line), file=sys.stderr)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -21,13 +22,17 @@ from tocom.files import atomic
 from tocom.settings import Optimisation
 from tocom.timing import counting_files
 
-#: Pixel statistics that uint8 images are normalised with, the same for all embedded data.
-MEAN, STD = 0.5, 0.25
 
+def normalise(images: Tensor, model: nn.Module) -> Tensor:
+    """Turn uint8 images [B, 3, H, W] into what the model was pre-trained on: (pixel / 255 - mean) / std.
 
-def normalise(images: Tensor) -> Tensor:
-    """Turn uint8 images [B, 3, H, W] into floats of about zero mean and unit variance."""
-    return (images.float() / 255.0 - MEAN) / STD
+    The mean and std are those of timm's ``pretrained_cfg``; a model built with ``pretrained_cfg_overlay`` brings
+    its own.
+    """
+    mean, std = (
+        torch.tensor(model.pretrained_cfg[name], device=images.device).view(-1, 1, 1) for name in ("mean", "std")
+    )
+    return (images.float() / 255.0 - mean) / std
 
 
 def derive_seed(*parts: int | str) -> int:
@@ -71,6 +76,7 @@ def fit(
     seed: int,
     score: Callable[[], tuple[float, ...]],
     title: str,
+    identity: dict,
     resume: Path | None = None,
 ) -> dict:
     """Train ``module`` in place and leave it with the parameters of its best epoch.
@@ -82,13 +88,16 @@ def fit(
         step: maps indices of training images [B] to a loss; draws from torch's global generator.
         module: what is trained; only its parameters that require gradients.
         score: called after each epoch; larger tuples are better.
+        identity: JSON-able values that name all inputs of the run (hashes, degrees); a state that was left by a
+            run with other inputs or settings is not resumed.
         resume: where the state is kept between epochs; removed by :func:`forget` once the result is written.
 
     Returns:
-        ``{"best_epoch": ..., "score": [...], "losses": [...]}``; epochs count from 1.
+        ``{"best_epoch": ..., "score": [...], "losses": [...], "seconds": ...}``; epochs count from 1, seconds
+        include those before an interruption.
 
     Raises:
-        TocomError: the loss is NaN or infinite.
+        TocomError: the loss or a held-out figure is NaN or infinite; no state is left to resume from.
     """
     parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
     optimizer = create_optimizer_v2(module, "adamw", lr=settings.peak_lr, weight_decay=settings.weight_decay)
@@ -103,11 +112,29 @@ def fit(
         step_on_epochs=False,
         updates_per_epoch=per_epoch,
     )
-    fingerprint = json.dumps([title, seed, n_images, settings.model_dump(mode="json")], sort_keys=True)
-    state = _load_state(resume, fingerprint) or {"epoch": 0, "best": None, "best_epoch": 0, "score": [], "losses": []}
+    fingerprint = json.dumps([title, seed, n_images, settings.model_dump(mode="json"), identity], sort_keys=True)
+    state = _load_state(resume, fingerprint) or {
+        "epoch": 0,
+        "best": None,
+        "best_epoch": 0,
+        "score": [],
+        "losses": [],
+        "seconds": 0.0,
+    }
+    started = time.monotonic() - state["seconds"]
     if state["epoch"]:
         _copy_into(parameters, state["parameters"])
         optimizer.load_state_dict(state["optimizer"])
+
+    def check_finite(what: str, value: float, epoch: int) -> None:
+        if not np.isfinite(value):
+            if resume is not None:
+                resume.unlink(missing_ok=True)
+            raise TocomError(
+                f"{title}: {what} became {value} in epoch {epoch + 1};"
+                f" lower the learning rate (now {settings.peak_lr:g}) or check the data"
+            )
+
     with bar(range(per_epoch * settings.epochs), title) as progress:
         progress.update(state["epoch"] * per_epoch)
         for epoch in range(state["epoch"], settings.epochs):
@@ -118,11 +145,7 @@ def fit(
             for number, indices in enumerate(torch.randperm(n_images).split(settings.batch_size)):
                 loss = step(indices)
                 value = loss.item()
-                if not np.isfinite(value):
-                    raise TocomError(
-                        f"{title}: the loss became {value} in epoch {epoch + 1};"
-                        f" lower the learning rate (now {settings.peak_lr:g}) or check the data"
-                    )
+                check_finite("the loss", value, epoch)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -131,14 +154,17 @@ def fit(
                 progress.update()
             module.eval()
             result = list(score())
+            for figure in result:
+                check_finite("a held-out figure", figure, epoch)
             state["losses"].append(total / n_images)
             if not state["score"] or tuple(result) > tuple(state["score"]):
                 state |= {"score": result, "best_epoch": epoch + 1, "best": _copies(parameters)}
             progress.set_postfix(loss=f"{state['losses'][-1]:.3f}", held_out=f"{result[0]:.3f}", refresh=False)
+            state["seconds"] = time.monotonic() - started
             state |= {"epoch": epoch + 1, "parameters": _copies(parameters), "optimizer": optimizer.state_dict()}
             _save_state(resume, fingerprint, state)
     _copy_into(parameters, state["best"])
-    return {key: state[key] for key in ("best_epoch", "score", "losses")}
+    return {key: state[key] for key in ("best_epoch", "score", "losses", "seconds")}
 
 
 def _copies(parameters: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -94,6 +94,9 @@ class CompressedViT(nn.Module):
     def set_degree(self, degree: Degree, scale: float | None = None) -> CompressedViT:
         """Run at ``degree`` from now on, with the attached compensator (if any) folded in for it.
 
+        Args:
+            scale: factor on the weight update from now on; by default the one in use.
+
         Raises:
             TocomError: the degree is malformed, or beyond what the compensator was trained for; the model then
                 stays as it was.

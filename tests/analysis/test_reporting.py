@@ -185,19 +185,25 @@ def test_headline_figures_are_computed_from_the_tables(study):
 
 def test_verify_tells_identical_close_and_different_runs_apart(study):
     cells = read_cells(study / "cells.csv")
-    same = verify.compare(cells, cells, 5, 1)
+    same = verify.compare(cells, cells, 5, 1, 1)
     assert same.identical
-    assert "identical" in verify.report(same, 5, 1)
+    assert "identical" in verify.report(same, 5, 1, 1)
     near = cells.copy()
     near.loc[0, ["correct", "accuracy"]] += [4, 4 / N]
-    assert "1.00 points in a cell" in verify.report(verify.compare(near, cells, 5, 1), 5, 1)
+    assert "1.00 points in a cell" in verify.report(verify.compare(near, cells, 5, 1, 1), 5, 1, 1)
     with pytest.raises(TocomError, match="differs from the reference"):
-        verify.report(verify.compare(near, cells, 0.5, 1), 0.5, 1)
+        verify.report(verify.compare(near, cells, 0.5, 1, 1), 0.5, 1, 1)
     shifted = cells.assign(accuracy=cells.accuracy - 0.03)
     with pytest.raises(TocomError, match="points a mean"):
-        verify.report(verify.compare(shifted, cells, 5, 1), 5, 1)
+        verify.report(verify.compare(shifted, cells, 5, 1, 1), 5, 1, 1)
+    without_effect = cells.assign(
+        accuracy=cells.accuracy + (cells.infer_degree == 12) * (0.01 - 0.02 * cells.compensated),
+    )
+    with pytest.raises(TocomError, match="mean gain at"):
+        verify.report(verify.compare(without_effect, cells, 5, 1.5, 1), 5, 1.5, 1)
+    assert not verify.compare(cells.assign(scale=cells.scale + 1), cells, 5, 1, 1).identical
     with pytest.raises(TocomError, match="one table only"):
-        verify.compare(cells.iloc[1:], cells, 5, 1)
+        verify.compare(cells.iloc[1:], cells, 5, 1, 1)
 
 
 def test_signed_numbers_have_no_negative_zero():
@@ -208,14 +214,11 @@ def test_time_is_split_into_useful_work_and_the_rest(tmp_path):
     import os
 
     (tmp_path / "logs").mkdir()
-    (tmp_path / "benchmarks").mkdir()
-    line = MARK + '{"stage": "%s", "threads": 2, "start_up": 4.0, "files": 1.0, "compute": %s}\n'
-    (tmp_path / "logs" / "a.log").write_text("progress\n" + line % ("finetune", 20) + line % ("data", 5))
-    (tmp_path / "logs" / "old.log").write_text(line % ("evaluate", 1000))
+    line = MARK + '{"stage": "%s", "threads": 2, "memory_mb": %s, "start_up": 4.0, "files": 1.0, "compute": %s}\n'
+    (tmp_path / "logs" / "a.log").write_text("progress\n" + line % ("finetune", 300, 20) + line % ("data", 200, 5))
+    (tmp_path / "logs" / "old.log").write_text(line % ("evaluate", 9999, 1000))
     os.utime(tmp_path / "logs" / "old.log", (50, 50))
     os.utime(tmp_path / "logs" / "a.log", (150, 150))
-    pd.DataFrame({"max_rss": [100.0, 300.0, 200.0]}).to_csv(tmp_path / "benchmarks" / "x.tsv", sep="\t")
-    os.utime(tmp_path / "benchmarks" / "x.tsv", (150, 150))
     result = split(tmp_path, since=100, until=200, cores=2)
     assert result.core_seconds["training"] == 40
     assert result.core_seconds["data"] == 10

@@ -61,7 +61,17 @@ def test_letters_are_light_on_dark():
     assert (images[:, :, inside].mean((1, 2)) > images[:, :, outside].mean((1, 2)) + 25).all()
 
 
-def test_counting_draws_as_many_letters_as_it_says():
+def test_counting_draws_as_many_letters_as_it_says(monkeypatch):
+    cells = []
+    monkeypatch.setattr(glyphs, "_in_cell", lambda rng, cell: cells.append(cell) or np.zeros((32, 32), np.float32))
+    _, labels = glyphs.counting(50, seed=0)
+    assert len(cells) == (labels + 1).sum()
+    first = iter(cells)
+    for label in labels:  # the letters of one image lie in different cells
+        assert len({next(first) for _ in range(label + 1)}) == label + 1
+
+
+def test_a_small_letter_lies_in_its_cell():
     from scipy import ndimage
 
     rng = np.random.default_rng(0)

@@ -98,3 +98,16 @@ def test_kinds_of_tasks_follow_the_registry_and_folders_are_real():
         "rotation": "generated",
         "pets": "real",
     }
+
+
+def test_held_out_images_of_a_folder_are_never_among_the_others(folder):
+    kept, apart = (registry.unlabelled(folder, 100, held_out, 16) for held_out in (False, True))
+    assert len(kept) + len(apart) == 18
+    assert len(apart) == 1
+    assert not rows(kept) & rows(apart)
+    assert np.array_equal(registry.unlabelled(folder, 3, False, 16), kept[:3])
+
+
+def test_a_folder_of_few_images_is_refused(folder):
+    with pytest.raises(TocomError, match="holds 3 images"):
+        registry.unlabelled(folder / "train" / "cat", 5, False, 16)

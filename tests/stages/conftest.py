@@ -2,13 +2,11 @@
 
 import pytest
 
+from tests.small import ARCHITECTURE, KWARGS
 from tocom.data.registry import prepare
 from tocom.models import create, save_model
-from tocom.settings import DistilSettings, FinetuneSettings
+from tocom.settings import DistilSettings
 from tocom.stages.distil import distil
-
-KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 41}
-QUICK = FinetuneSettings(epochs=2, batch_size=16, lr=2e-3, device="cpu")
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +15,7 @@ def backbone(tmp_path_factory):
 
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("backbone") / "tiny.safetensors"
-    save_model(path, create("vit_tiny_patch16_224", KWARGS), "vit_tiny_patch16_224", KWARGS)
+    save_model(path, create(ARCHITECTURE, KWARGS), ARCHITECTURE, KWARGS)
     return path
 
 

@@ -2,14 +2,16 @@
 
 from collections import Counter
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.nn import functional as F
 
-from tests.stages.conftest import KWARGS
+from tests.small import ARCHITECTURE, KWARGS
 from tocom.compensator import Compensator
 from tocom.errors import TocomError
-from tocom.models import create
+from tocom.models import create, save_model
 from tocom.settings import DistilSettings
 from tocom.stages.distil import Distiller, distil, distillation_loss, draw_pair
 from tocom.training import normalise
@@ -41,7 +43,7 @@ def test_only_the_compensator_learns_and_the_teacher_is_plain():
         "compensator.down",
         "compensator.up",
     }
-    images = normalise(torch.randint(0, 255, (4, 3, 32, 32), dtype=torch.uint8))
+    images = normalise(torch.randint(0, 255, (4, 3, 32, 32), dtype=torch.uint8), models[0])
     loss = distiller(images, 0, 4)
     loss.backward()
     with torch.no_grad():
@@ -71,4 +73,29 @@ def test_distilling_twice_gives_the_same_bytes_and_says_what_it_is(backbone, tmp
 def test_a_loss_that_turns_nan_leaves_no_output(backbone, tmp_path):
     with pytest.raises(TocomError, match="the loss became"):
         distil(backbone, tmp_path / "c", 4, settings=QUICK.model_copy(update={"lr": 1e30, "epochs": 4}))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_highest_degree_does_not_resume_the_state_of_the_first(backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr("tocom.stages.distil.forget", lambda output: None)  # as if killed before it was removed
+    distil(backbone, tmp_path / "x", 4, settings=QUICK)
+    monkeypatch.undo()
+    distil(backbone, tmp_path / "x", 3, settings=QUICK)
+    distil(backbone, tmp_path / "clean", 3, settings=QUICK)
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "clean").read_bytes()
+
+
+def test_a_backbone_of_another_size_needs_its_own_images_and_takes_them(tmp_path):
+    kwargs = KWARGS | {"img_size": 48}
+    save_model(tmp_path / "b", create(ARCHITECTURE, kwargs), ARCHITECTURE, kwargs)
+    with pytest.raises(TocomError, match="takes 48 x 48 images"):
+        distil(tmp_path / "b", tmp_path / "c", 4, settings=QUICK)
     assert not (tmp_path / "c").exists()
+    rng = np.random.default_rng(0)
+    (tmp_path / "images" / "deep").mkdir(parents=True)
+    for number in range(30):
+        pixels = rng.integers(0, 255, (50, 60, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "images" / "deep" / f"{number}.png")
+    about = distil(tmp_path / "b", tmp_path / "c", 4, settings=QUICK, folder=tmp_path / "images")
+    assert about["held_out_kl"] >= 0
+    assert Compensator.load(tmp_path / "c").steps == 4

@@ -46,7 +46,7 @@ def test_predictions_of_a_cell_are_those_of_the_model_at_that_degree_and_scale(
         if cell.compensated:
             vit.attach(Compensator.load(compensator), cell.scale)
         with torch.no_grad():
-            expected = vit.set_degree(cell.infer_degree)(normalise(images)).argmax(-1).numpy()
+            expected = vit.set_degree(cell.infer_degree)(normalise(images, vit.model)).argmax(-1).numpy()
         assert np.array_equal(predicted, expected)
 
 
@@ -67,7 +67,7 @@ def test_the_chosen_scale_has_the_lowest_validation_loss(checkpoints, digits, co
         vit = CompressedViT(load_model(checkpoints / "0")[0], "tome", 0).eval()
         vit.attach(Compensator.load(compensator), scale)
         with torch.no_grad():
-            logits = vit.set_degree(4)(normalise(torch.from_numpy(arrays["val_images"])))
+            logits = vit.set_degree(4)(normalise(torch.from_numpy(arrays["val_images"]), vit.model))
         losses[scale] = float(torch.nn.functional.cross_entropy(logits, torch.from_numpy(arrays["val_labels"])))
     assert cells[1].scale == min(losses, key=losses.get)
 
@@ -112,6 +112,15 @@ def test_a_checkpoint_of_another_task_is_refused(checkpoints, digits, compensato
     assert not (tmp_path / "0.predictions").exists()
 
 
+def test_a_compensator_of_another_backbone_is_refused(checkpoints, digits, compensator, tmp_path):
+    other = Compensator.load(compensator)
+    other.metadata["backbone_sha256"] = "0" * 64
+    other.save(tmp_path / "other")
+    with pytest.raises(TocomError, match="from another backbone"):
+        run(checkpoints, digits, tmp_path / "other", tmp_path)
+    assert not (tmp_path / "0.predictions").exists()
+
+
 def test_a_degree_beyond_the_compensator_is_refused_and_nothing_is_written(checkpoints, digits, compensator, tmp_path):
     with pytest.raises(TocomError, match="degree 5 is out of range"):
         run(checkpoints, digits, compensator, tmp_path, degrees=(0, 5))
@@ -126,7 +135,7 @@ def test_a_tasks_own_gap_gives_the_weights_of_the_high_degree(checkpoints, digit
     high.head.load_state_dict(low.head.state_dict())
     arrays, _ = read(digits)
     with torch.no_grad():
-        logits = CompressedViT(high, "tome", 4).eval()(normalise(torch.from_numpy(arrays["test_images"])))
+        logits = CompressedViT(high, "tome", 4).eval()(normalise(torch.from_numpy(arrays["test_images"]), high))
     assert abs(rows[1]["correct"] - int((logits.argmax(-1).numpy() == arrays["test_labels"]).sum())) <= 1
 
 

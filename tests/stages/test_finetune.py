@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+import tocom.stages.finetune
 import tocom.training
-from tests.stages.conftest import QUICK
+from tests.small import ARCHITECTURE, KWARGS, QUICK
+from tocom.data.registry import prepare
 from tocom.errors import TocomError
 from tocom.files import load_tensors
+from tocom.models import create, load_model, save_model
 from tocom.stages.finetune import finetune
 from tocom.training import derive_seed, random_shift, resume_path
 
@@ -61,7 +64,51 @@ def test_a_loss_that_turns_nan_is_one_line_and_leaves_no_output(backbone, digits
     with pytest.raises(TocomError, match="the loss became nan") as error:
         train(backbone, digits, tmp_path / "nan", lr=1e30, epochs=4)
     assert "\n" not in str(error.value)
-    assert not (tmp_path / "nan").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_held_out_figure_that_turns_nan_leaves_no_output(backbone, digits, tmp_path, monkeypatch):
+    predict = tocom.stages.finetune.predict
+    monkeypatch.setattr("tocom.stages.finetune.predict", lambda *args: predict(*args) * float("nan"))
+    with pytest.raises(TocomError, match="held-out figure became nan"):
+        train(backbone, digits, tmp_path / "nan")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("change", ["backbone", "data", "max_degree"])
+def test_a_state_that_other_inputs_left_is_not_resumed(backbone, digits, tmp_path, monkeypatch, change):
+    model, meta = load_model(backbone)
+    model.cls_token.data += 1
+    save_model(tmp_path / "backbone", model, meta["architecture"], meta["kwargs"])
+    prepare("digits", tmp_path / "data", {"train": 64, "val": 32, "test": 39})
+    other = {"backbone": tmp_path / "backbone", "data": tmp_path / "data", "max_degree": 3}
+    usual = {"backbone": backbone, "data": digits, "max_degree": 4}
+
+    def run(name, changes, keep_state=False):
+        finetune(output=tmp_path / name, train_degree="random", seed=0, settings=QUICK, keep_state=keep_state,
+                 **usual | changes)  # fmt: skip
+
+    run("clean", {change: other[change]})
+    run("x", {}, keep_state=True)
+    assert resume_path(tmp_path / "x").exists()
+    run("x", {change: other[change]})
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "clean").read_bytes()
+
+
+def test_a_finished_run_whose_state_was_kept_is_made_again_without_training(backbone, digits, tmp_path, monkeypatch):
+    finetune(backbone, digits, tmp_path / "x", 2, 0, settings=QUICK, keep_state=True)
+    first = (tmp_path / "x").read_bytes()
+    (tmp_path / "x").unlink()
+    monkeypatch.setattr("tocom.stages.finetune.random_shift", None)  # a step of training would fail
+    finetune(backbone, digits, tmp_path / "x", 2, 0, settings=QUICK)
+    assert (tmp_path / "x").read_bytes() == first
+
+
+def test_images_of_another_size_are_refused(digits, tmp_path):
+    kwargs = KWARGS | {"img_size": 48}
+    save_model(tmp_path / "b", create(ARCHITECTURE, kwargs), ARCHITECTURE, kwargs)
+    with pytest.raises(TocomError, match="have 32 x 32 pixels, the model takes 48 x 48"):
+        finetune(tmp_path / "b", digits, tmp_path / "x", 0, 0, settings=QUICK)
 
 
 def test_the_best_epoch_is_the_one_that_is_kept(backbone, digits, tmp_path):

@@ -74,7 +74,6 @@ def test_every_job_left_a_log_and_a_benchmark_and_no_temporary_file(finished):
 def test_a_change_of_one_setting_reruns_only_what_depends_on_it(finished, tmp_path):
     text = TINY.read_text().replace("evaluate: {scales: [0, 1]}", "evaluate: {scales: [0, 1, 2]}")
     (tmp_path / "changed.yaml").write_text(text)
-    result = snakemake(finished, "--configfile", tmp_path / "changed.yaml", "--dry-run", "--quiet", "all")
     result = snakemake(finished, "--configfile", tmp_path / "changed.yaml", "--dry-run")
     planned = {line.split()[0] for line in result.stdout.splitlines() if line[:1].isalpha() and line[-1:].isdigit()}
     assert "evaluate_0" in planned
@@ -125,7 +124,7 @@ def test_snakemakes_report_shows_the_tables_and_figures(finished):
     result = snakemake(finished, "--configfile", TINY, "--report", "report.html")
     assert result.returncode == 0, result.stderr
     page = (finished / "report.html").read_text()
-    for word in ("main.md", "gain_heatmap.png", "cells.csv", "Holm-corrected"):
+    for word in ("main.html", "gain_heatmap.png", "cells.csv", "Holm-corrected"):
         assert word in page
 
 
@@ -168,5 +167,36 @@ def test_the_demo_plans_as_many_jobs_as_the_arithmetic_says(tmp_path):
     study = read_study(folder / "config" / "demo.yaml")
     result = snakemake(folder, "--dry-run", "--quiet", "rules")
     total = next(int(line.split()[1]) for line in result.stdout.splitlines() if line.startswith("total"))
-    tasks, batches = len(study.tasks), len(study.batches)
-    assert total == tasks * (1 + 2 * batches + 1) + 1 + 1 + 1 + 5 + 1  # + distil, throughput, 2 gathers ..., all
+    for_each_task = ["prepare", "transfer", *["finetune", "evaluate"] * len(study.batches)]
+    once = [
+        "distil",
+        "throughput",
+        "gather_throughput",
+        "gather_transfer",
+        "cells",
+        "significance",
+        "tables",
+        "figures",
+    ]
+    assert total == len(study.tasks) * len(for_each_task) + len([*once, "all"])
+
+
+@pytest.mark.parametrize("target", ["all", "verify"])
+def test_committed_results_are_not_passed_off_as_a_fresh_run(tmp_path, target):
+    folder = workplace(tmp_path)
+    shutil.copytree(ROOT / "results" / "demo", folder / "results" / "demo", ignore=lambda path, names: [
+        name for name in names if name in ("data", "checkpoints", "compensators", "predictions", "throughput", "transfer",
+                                           "logs", "benchmarks")])  # fmt: skip
+    result = snakemake(folder, "--dry-run", "--quiet", "rules", "--", target)
+    assert result.returncode == 0, result.stderr
+    for rule in ("distil", "finetune_0", "evaluate_1", "cells", "significance"):
+        assert f"{rule} " in result.stdout
+
+
+def test_the_committed_run_is_the_one_that_verify_compares_with():
+    root = ROOT / "results" / "demo"
+    if subprocess.run(["git", "diff", "--quiet", "HEAD", "--", root / "cells.csv"], cwd=ROOT, check=False).returncode:
+        pytest.skip(
+            "the demo was run here with other results than the committed ones; `snakemake verify` compares them"
+        )
+    assert (root / "cells.csv").read_bytes() == (root / "reference" / "cells.csv").read_bytes()

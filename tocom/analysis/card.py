@@ -21,6 +21,7 @@ def card(checkpoint: str) -> str:
         raise TocomError(f"{path} does not say how it was pre-trained; give a file that `tocom pretrain` wrote")
     parameters = sum(array.size for array in arrays.values())
     by_degree = sorted((int(degree), f"{100 * value:.2f}") for degree, value in meta["accuracy"].items())
+    note = f" ({meta['note']})" if "note" in meta else ""
     recipe = tabulate(sorted(meta["recipe"].items()), ("setting", "value"), tablefmt="pipe")
     accuracy = tabulate(by_degree, ("degree", "accuracy (%)"), tablefmt="pipe", disable_numparse=True)
     return f"""# {path.stem}
@@ -33,7 +34,7 @@ A small Vision Transformer for studies that can download nothing: timm's `{meta[
   them again. There are no digits among them.
 - **Seed:** {meta["seed"]}. Best of {meta["recipe"]["epochs"]} epochs on {meta["recipe"]["held_out"]:,} held-out
   letters: epoch {meta["best_epoch"]}.
-- **Time:** {meta.get("minutes", float("nan")):.0f} minutes on {meta["recipe"]["threads"]} CPU threads.
+- **Time:** {meta.get("minutes", float("nan")):.0f} minutes on {meta["recipe"]["threads"]} CPU threads{note}.
 - **Make it again:** `make backbone`.
 - **Use:** `tocom.load_model("{path.stem}")`; inputs are 32 x 32 RGB, `(pixel / 255 - 0.5) / 0.25`.
 - **Limits:** it knows letters on plain grounds and nothing else; it stands for the *procedure* of the paper

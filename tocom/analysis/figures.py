@@ -12,9 +12,10 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from tocom.analysis.significance import RANDOM, TOCOM_VS_PLAIN
+from tocom.analysis.significance import TOCOM_VS_PLAIN
 from tocom.analysis.stats import stars
 from tocom.analysis.tables import members
+from tocom.settings import NO_GAP, RANDOM
 
 #: Metadata without dates, so that the same numbers give the same bytes.
 CLEAN = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Producer": None, "Creator": None}}
@@ -101,7 +102,7 @@ def gap_transfer(transfer: pd.DataFrame) -> Figure:
     style()
     mean = transfer.groupby(["source_task", "target_task"]).accuracy.mean().unstack() * 100
     tasks = list(dict.fromkeys(transfer.target_task))
-    gain = (mean - mean.loc["none"]).loc[tasks, tasks]
+    gain = (mean - mean.loc[NO_GAP]).loc[tasks, tasks]
     largest = max(np.abs(gain.to_numpy()).max(), 0.1)
     figure, axis = plt.subplots(figsize=(1.1 * len(tasks) + 2.2, 0.8 * len(tasks) + 1.6), layout="constrained")
     sns.heatmap(

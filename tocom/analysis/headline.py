@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import pandas as pd
 
 from tocom.analysis.significance import REAL, TOCOM_VS_PLAIN
+from tocom.errors import TocomError
+from tocom.settings import RANDOM
 
 #: A mismatch that costs less than so many points is too small to hurt.
 HARMLESS = 1.0
@@ -25,6 +27,8 @@ class Figure:
 def effect(significance: pd.DataFrame) -> list[Figure]:
     """Return the gain on real tasks, trained at the lowest degree and run at the highest, and the gap it closes."""
     chosen = significance[(significance.comparison == TOCOM_VS_PLAIN) & (significance.scope == REAL)]
+    if chosen.empty or len(chosen[["backbone", "compressor"]].drop_duplicates()) > 1:
+        raise TocomError("the figures to reach are those of the demo: one model, and at least one real task")
     train = chosen.train_degree.astype(int)
     row = chosen[(train == train.min()) & (chosen.infer_degree == chosen.infer_degree.max())].iloc[0]
     where = f"real tasks, trained at {row.train_degree}, run at {row.infer_degree}"
@@ -40,7 +44,7 @@ def effect(significance: pd.DataFrame) -> list[Figure]:
 def cost_where_not_needed(cells: pd.DataFrame) -> Figure:
     """Return what ToCom costs where the mismatch costs a model less than one point of its accuracy."""
     keys = ["backbone", "compressor", "task", "train_degree", "infer_degree"]
-    mean = cells[cells.train_degree != "random"].groupby([*keys, "compensated"]).accuracy.mean().unstack() * 100
+    mean = cells[cells.train_degree != RANDOM].groupby([*keys, "compensated"]).accuracy.mean().unstack() * 100
     mean = mean.rename(columns={False: "plain", True: "tocom"}).reset_index()
     own = mean[mean.train_degree == mean.infer_degree.astype(str)].set_index(keys[:4]).plain
     mean["own"] = own.reindex(pd.MultiIndex.from_frame(mean[keys[:4]])).to_numpy()

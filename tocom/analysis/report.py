@@ -14,6 +14,14 @@ from tocom.data.registry import kinds_of
 from tocom.errors import TocomError
 from tocom.files import atomic, write_text
 
+#: What makes an HTML table readable in Snakemake's report.
+PAGE = """<!doctype html><meta charset="utf-8"><style>
+body {font: 14px sans-serif; margin: 1em} table {border-collapse: collapse; white-space: nowrap}
+th, td {padding: .25em .7em; border-bottom: 1px solid #ddd; text-align: right}
+th:nth-child(-n+2), td:nth-child(-n+2) {text-align: left} p {max-width: 60em; color: #444}
+</style>
+"""
+
 
 def _read(folder: Path, name: str) -> pd.DataFrame:
     path = folder / f"{name}.csv"
@@ -23,7 +31,7 @@ def _read(folder: Path, name: str) -> pd.DataFrame:
 
 
 def _models(cells: pd.DataFrame) -> list[tuple[str, str]]:
-    return list(cells[["backbone", "compressor"]].drop_duplicates().itertuples(index=False, name=None))
+    return sorted(cells[["backbone", "compressor"]].drop_duplicates().itertuples(index=False, name=None))
 
 
 def _of(frame: pd.DataFrame, backbone: str, compressor: str) -> pd.DataFrame:
@@ -50,16 +58,18 @@ def make_tables(folder: Path) -> dict[str, list[Table]]:
 
 
 def write_tables(folder: Path, output: Path) -> None:
-    """Write every table of the study in ``folder`` to ``output`` as Markdown and LaTeX."""
+    """Write every table of the study in ``folder`` to ``output`` as Markdown, LaTeX and HTML."""
     for name, tables in make_tables(folder).items():
         write_text(output / f"{name}.md", "\n".join(table.markdown() for table in tables))
+        write_text(output / f"{name}.html", PAGE + "\n".join(table.html() for table in tables))
         write_text(output / f"{name}.tex", "\n".join(table.latex() for table in tables))
 
 
 def write_figures(folder: Path, output: Path) -> None:
     """Draw every figure of the study in ``folder`` to ``output`` as PNG and PDF.
 
-    With several backbones or compressors, the first pair gets the plain names and the others a suffix.
+    With several backbones or compressors, the first pair by name gets the plain names and the others a
+    suffix, as :attr:`tocom.config.Study.figure_kinds` says.
     """
     from matplotlib import pyplot
 

@@ -20,9 +20,8 @@ import pandas as pd
 
 from tocom.analysis import stats
 from tocom.analysis.cells import Condition
+from tocom.settings import RANDOM
 
-#: The rival's train degree, as text.
-RANDOM = "random"
 TOCOM_VS_PLAIN, RANDOM_VS_TOCOM = "tocom_vs_plain", "random_vs_tocom"
 REAL, GENERATED, ALL = "real tasks", "generated tasks", "all tasks"
 #: p-value column -> which observations are the exchangeable units of the test.
@@ -60,7 +59,6 @@ def compare(
     correct: dict[Condition, np.ndarray],
     kinds: dict[str, str],
     resamples: int = 2_000,
-    level: float = 0.95,
 ) -> pd.DataFrame:
     """Make every comparison and correct each family of p-values by Holm's method.
 
@@ -79,7 +77,7 @@ def compare(
         mine = {key[2:]: value for key, value in correct.items() if key[:2] == (backbone, compressor)}
         for scope in scopes(kinds):
             for comparison, before, after in _pairs(mine):
-                row = _compare_one(mine, scope, before, after, resamples, level)
+                row = _compare_one(mine, scope, before, after, resamples)
                 rows.append({"backbone": backbone, "compressor": compressor, "comparison": comparison} | row)
     frame = pd.DataFrame(rows)
     family = ["backbone", "compressor", "comparison", "group"]
@@ -102,10 +100,10 @@ def _pairs(mine: dict) -> list[tuple[str, Short, Short]]:
     return pairs + [(RANDOM_VS_TOCOM, (train, infer, True), (RANDOM, infer, False)) for train, infer in rivals]
 
 
-def _compare_one(mine: dict, scope: Scope, before: Short, after: Short, resamples: int, level: float) -> dict:
+def _compare_one(mine: dict, scope: Scope, before: Short, after: Short, resamples: int) -> dict:
     a, b = ([mine[(task, *condition)] for task in scope.tasks] for condition in (before, after))
     difference = [y.astype(np.int8) - x.astype(np.int8) for x, y in zip(a, b, strict=True)]
-    low, high = stats.bootstrap_gain(difference, resamples=resamples, level=level)
+    low, high = stats.bootstrap_gain(difference, resamples=resamples)
     by_task_and_seed = np.array([100 * d.mean(axis=1) for d in difference])
     infer = before[1]
     row = {
@@ -125,16 +123,16 @@ def _compare_one(mine: dict, scope: Scope, before: Short, after: Short, resample
         "p_seeds": stats.seed_test(by_task_and_seed.mean(axis=0)),
         "p_tasks": stats.task_test(by_task_and_seed.mean(axis=1)) if scope.is_group else np.nan,
     }
-    return row | _gap(mine, scope, a, b, infer, resamples, level)
+    return row | _gap(mine, scope, a, b, infer, resamples)
 
 
-def _gap(mine: dict, scope: Scope, a: Sequence, b: Sequence, infer: int, resamples: int, level: float) -> dict:
+def _gap(mine: dict, scope: Scope, a: Sequence, b: Sequence, infer: int, resamples: int) -> dict:
     keys = [(task, str(infer), infer, False) for task in scope.tasks]
     if not all(key in mine for key in keys):
         return dict.fromkeys(("accuracy_matched", "gap_closed", "gap_low", "gap_high"), np.nan)
     matched = [mine[key] for key in keys]
     means = _mean_percent(a), _mean_percent(b), _mean_percent(matched)
-    low, high = stats.bootstrap_gap_closed(a, b, matched, resamples=resamples, level=level)
+    low, high = stats.bootstrap_gap_closed(a, b, matched, resamples=resamples)
     return {"accuracy_matched": means[2], "gap_closed": stats.gap_closed(*means), "gap_low": low, "gap_high": high}
 
 

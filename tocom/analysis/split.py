@@ -8,8 +8,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
 from tocom.errors import TocomError
 from tocom.timing import MARK
 
@@ -28,7 +26,12 @@ START_UP, FILES = "start-up of jobs (imports)", "reading and writing files"
 
 @dataclass(frozen=True)
 class Split:
-    """Core-seconds of a run by what they were spent on, its wall time (s), and its memory (MB)."""
+    """What a run took.
+
+    Attributes:
+        core_seconds: what its cores were busy with, in seconds. wall: its duration (s).
+        memory_mb: an upper bound on the memory of its jobs (MB): the peaks of the ``cores`` largest of them.
+    """
 
     core_seconds: dict[str, float]
     wall: float
@@ -61,7 +64,7 @@ def available_cores(cores: str) -> int:
 
 
 def split(root: Path, since: float, until: float, cores: int) -> Split | None:
-    """Read the logs and benchmark files of a finished run.
+    """Read the logs of a finished run.
 
     Args:
         root: the study's folder. since, until: when snakemake started and ended, in seconds since 1970.
@@ -70,11 +73,13 @@ def split(root: Path, since: float, until: float, cores: int) -> Split | None:
         The split, or None if no job ran in that time.
     """
     seconds: dict[str, float] = defaultdict(float)
+    memory: list[float] = []
     for log in _written(root / "logs", "*.log", since, until):
         for line in log.read_text(errors="replace").splitlines():
             _, found, text = line.partition(MARK)
             if found:
                 figures = json.loads(text)
+                memory.append(figures["memory_mb"])
                 seconds[GROUPS[figures["stage"]]] += figures["compute"] * figures["threads"]
                 seconds[START_UP] += figures["start_up"]
                 seconds[FILES] += figures["files"]
@@ -83,15 +88,8 @@ def split(root: Path, since: float, until: float, cores: int) -> Split | None:
     wall = until - since
     known = {name: seconds[name] for name in (*USEFUL, "analysis", START_UP, FILES)}
     known["Snakemake and idle cores"] = max(wall * cores - sum(known.values()), 0.0)
-    return Split(known, wall, cores, _memory(_written(root / "benchmarks", "*.tsv", since, until), cores))
+    return Split(known, wall, cores, sum(sorted(memory)[-cores:]))
 
 
 def _written(folder: Path, pattern: str, since: float, until: float) -> list[Path]:
     return [path for path in sorted(folder.rglob(pattern)) if since <= path.stat().st_mtime <= until + 1]
-
-
-def _memory(benchmarks: list[Path], cores: int) -> float:
-    """Return an upper bound on the memory of the run's jobs: the ``cores`` largest at once."""
-    tables = [pd.read_csv(path, sep="\t") for path in benchmarks]
-    peaks = pd.concat(tables)["max_rss"] if tables else pd.Series(dtype=float)
-    return float(pd.to_numeric(peaks, errors="coerce").nlargest(cores).sum())

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
-from tocom.analysis.significance import ALL, GENERATED, RANDOM, REAL, TOCOM_VS_PLAIN
+from tocom.analysis.significance import ALL, GENERATED, REAL, TOCOM_VS_PLAIN
 from tocom.analysis.stats import stars
+from tocom.settings import RANDOM
 
 METHOD = {"tome": "ToMe", "evit": "EViT", "evit_fuse": "EViT (fused)"}
 #: A cell that the study did not run.
@@ -41,6 +42,12 @@ class Table:
         rows = [[f"**{cell.text}**" if cell.bold else cell.text for cell in row] for row in self.rows]
         body = tabulate(rows, self.header, tablefmt="pipe", disable_numparse=True)
         return f"### {self.title}\n\n{body}\n\n{self.caption}\n"
+
+    def html(self) -> str:
+        """Return a heading, an HTML table and the caption."""
+        rows = [[f"<b>{cell.text}</b>" if cell.bold else cell.text for cell in row] for row in self.rows]
+        body = tabulate(rows, self.header, tablefmt="unsafehtml", disable_numparse=True)
+        return f"<h3>{self.title}</h3>\n{body}\n<p>{self.caption}</p>\n"
 
     def latex(self) -> str:
         """Return a table environment that needs the packages booktabs and graphicx."""
@@ -166,7 +173,7 @@ def degree_table(
 
 def significance_table(significance: pd.DataFrame, label: str = "significance") -> Table:
     """Return every comparison of one backbone and compressor at its largest mismatch, with all tests."""
-    chosen = significance[significance.train_degree.astype(str) != RANDOM].copy()
+    chosen = significance.copy()
     chosen["mismatch"] = (chosen.train_degree.astype(int) - chosen.infer_degree).abs()
     chosen = chosen[chosen.mismatch == chosen.mismatch.max()]
     names = {TOCOM_VS_PLAIN: "+ToCom over plain"}

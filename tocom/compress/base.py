@@ -35,13 +35,10 @@ class Compressor(abc.ABC):
     Attributes:
         name: what configs and tables call it.
         needs_class_token: whether it can only work on a model with a class token.
-        tracks_size: whether a token can stand for several; sizes then weigh average pooling and, with
-            proportional attention, enter the attention logits.
     """
 
     name: str
     needs_class_token = False
-    tracks_size = False
 
     def __call__(self, x: Tensor, size: Tensor | None, count: int, attention: Attention):
         """Remove ``count`` tokens, or as many as the block may lose.

@@ -60,7 +60,8 @@ def merge(x: Tensor, size: Tensor, matching: Matching, prefix: int) -> tuple[Ten
     in_a, in_b = (prefix + 1) // 2, prefix // 2
     head = gather(mass, torch.arange(prefix, device=x.device).expand(x.shape[0], -1))
     mass = torch.cat([head, kept[:, in_a:], merged[:, in_b:]], dim=1)
-    size = mass[..., -1:]
+    # Sizes do not depend on any parameter; an attention mask with a gradient would rule out the fused kernel.
+    size = mass[..., -1:].detach()
     return mass[..., :-1] / size, size
 
 
@@ -68,7 +69,6 @@ class ToMe(Compressor):
     """Merge the ``r`` most similar pairs of tokens, compared by their keys averaged over heads."""
 
     name = "tome"
-    tracks_size = True
 
     def reduce(self, x: Tensor, size: Tensor | None, count: int, attention: Attention):
         """Merge exactly ``count`` tokens; see :class:`~tocom.compress.base.Compressor`."""

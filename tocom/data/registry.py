@@ -107,21 +107,49 @@ class FolderTask:
             ]
             if not files:
                 raise TocomError(f"{self.folder / split} holds no images; put some in its class folders")
-            arrays[f"{split}_images"] = np.stack([self._read(path) for path, _ in files])
+            arrays[f"{split}_images"] = np.stack([read_image(path, self.size) for path, _ in files])
             arrays[f"{split}_labels"] = np.array([label for _, label in files], dtype=np.int64)
         return arrays, len(names[0])
 
-    def _read(self, path: Path) -> np.ndarray:
-        from PIL import Image, ImageOps, UnidentifiedImageError
 
-        try:
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-                scaled = ImageOps.scale(image, self.size * 256 / 224 / min(image.size), Image.Resampling.BICUBIC)
-        except (UnidentifiedImageError, OSError) as error:
-            raise TocomError(f"{path} is not a readable image ({error}); remove or replace it") from None
-        left, top = (scaled.width - self.size) // 2, (scaled.height - self.size) // 2
-        return np.asarray(scaled.crop((left, top, left + self.size, top + self.size))).transpose(2, 0, 1)
+def read_image(path: Path, size: int) -> np.ndarray:
+    """Read an image as [3, size, size] uint8: shorter side scaled to size * 256 / 224 (bicubic), centre crop.
+
+    Raises:
+        TocomError: it is not an image that Pillow can read.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+            scaled = ImageOps.scale(image, size * 256 / 224 / min(image.size), Image.Resampling.BICUBIC)
+    except (UnidentifiedImageError, OSError) as error:
+        raise TocomError(f"{path} is not a readable image ({error}); remove or replace it") from None
+    left, top = (scaled.width - size) // 2, (scaled.height - size) // 2
+    return np.asarray(scaled.crop((left, top, left + size, top + size))).transpose(2, 0, 1)
+
+
+def unlabelled(folder: str | os.PathLike, n: int, held_out: bool, size: int, seed: int = 0) -> np.ndarray:
+    """Draw images from anywhere below a folder; the held-out ones are never among the others.
+
+    A tenth of the files, chosen by the seed, is held out.
+
+    Returns:
+        Images [n or as many as there are, 3, size, size] uint8.
+
+    Raises:
+        TocomError: there are fewer than ten images, or one cannot be read.
+    """
+    from PIL import Image
+
+    endings = Image.registered_extensions()
+    files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in endings)
+    if len(files) < 10:
+        raise TocomError(f"{folder} holds {len(files)} images; ToCom is distilled on ten or more, better on thousands")
+    files = [files[i] for i in np.random.default_rng(seed).permutation(len(files))]
+    kept = files[: len(files) // 10] if held_out else files[len(files) // 10 :]
+    return np.stack([read_image(path, size) for path in kept[:n]])
 
 
 def find(name: str) -> Task:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from tocom.data.registry import read
+from tocom.errors import TocomError
 from tocom.training import normalise
+from tocom.vit import CompressedViT
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,18 @@ def load_task(path: str | os.PathLike, device: torch.device) -> TaskData:
     return TaskData(metadata["task"], metadata["classes"], split("train"), split("val"), split("test"))
 
 
+def check_size(task: TaskData, model: nn.Module) -> None:
+    """Raise TocomError unless the task's images have the size that the model takes."""
+    have, takes = tuple(task.train.images.shape[-2:]), tuple(model.patch_embed.img_size)
+    if have != takes:
+        raise TocomError(
+            f"the images of {task.name} have {have[0]} x {have[1]} pixels, the model takes {takes[0]} x {takes[1]};"
+            " prepare the task with --image-size, from a folder"
+        )
+
+
 @torch.inference_mode()
-def predict(vit: nn.Module, images: Tensor, batch_size: int) -> Tensor:
+def predict(vit: CompressedViT, images: Tensor, batch_size: int) -> Tensor:
     """Return logits [n, classes] on the CPU for images [n, 3, H, W] uint8."""
     vit.eval()
-    return torch.cat([vit(normalise(batch)).float().cpu() for batch in images.split(batch_size)])
+    return torch.cat([vit(normalise(batch, vit.model)).float().cpu() for batch in images.split(batch_size)])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tocom.compensator import Compensator
+from tocom.data.glyphs import SIZE
+from tocom.data.registry import unlabelled
+from tocom.errors import TocomError
+from tocom.files import digest
 from tocom.models import load_model, pick_device
 from tocom.settings import DistilSettings
 from tocom.stages.pretrain import letters
@@ -53,6 +56,19 @@ class Distiller(nn.Module):
         return distillation_loss(expected, self.student.set_degree(target)(images))
 
 
+def _images(model: nn.Module, folder: str | os.PathLike | None, n: int, held_out: bool) -> Tensor:
+    """Return pre-training images [n, 3, H, W] uint8 of the size that the model takes."""
+    height, width = model.patch_embed.img_size
+    if folder is not None:
+        return torch.from_numpy(unlabelled(folder, n, held_out, height))
+    if (height, width) != (SIZE, SIZE):
+        raise TocomError(
+            f"the backbone takes {height} x {width} images, the bundled letters have {SIZE} x {SIZE} pixels;"
+            " give a folder of its pre-training images (--images, or distil_images in a config)"
+        )
+    return letters(n, held_out)[0]
+
+
 def distil(
     backbone: str | os.PathLike,
     output: str | os.PathLike,
@@ -60,13 +76,13 @@ def distil(
     compressor: str = "tome",
     seed: int = 0,
     settings: DistilSettings | None = None,
-    images: Callable[[int, bool], tuple[Tensor, Tensor]] = letters,
+    folder: str | os.PathLike | None = None,
 ) -> dict:
     """Train a compensator for degrees 0..max_degree on the backbone's pre-training images; labels are not used.
 
     Args:
         backbone: a bundled name or a checkpoint. output: the compensator to write.
-        images: gives (n, held_out) -> images [n, 3, H, W] uint8 and labels, which are ignored.
+        folder: images to distil on, anywhere below it; by default the letters of the bundled backbone.
 
     Returns:
         What is stored with the compensator: hashes, recipe, held-out KL with and without it (nats).
@@ -89,25 +105,32 @@ def distil(
         dropout=settings.dropout,
     )
     distiller = Distiller(teacher, student, compensator).to(device)
-    pixels = images(settings.images, False)[0].to(device)
-    held_out = images(settings.held_out, True)[0].to(device)
+    pixels, held_out = (
+        _images(teacher, folder, n, kept_apart).to(device)
+        for n, kept_apart in ((settings.images, False), (settings.held_out, True))
+    )
     generator = torch.Generator().manual_seed(derive_seed(seed, "held-out pairs"))
     pairs = [draw_pair(max_degree, generator) for _ in range(settings.pairs)]
 
     def step(indices: Tensor) -> Tensor:
         source, target = draw_pair(max_degree)
-        return distiller(normalise(pixels[indices]), source, target)
+        return distiller(normalise(pixels[indices], teacher), source, target)
 
     @torch.no_grad()
     def score() -> tuple[float]:
         distiller.eval()
         chunks = held_out.split(-(-len(held_out) // len(pairs)))  # a part of the images for every pair
-        losses = [distiller(normalise(chunk), *pair) for chunk, pair in zip(chunks, pairs, strict=False)]
+        losses = [distiller(normalise(chunk, teacher), *pair) for chunk, pair in zip(chunks, pairs, strict=False)]
         return (-float(torch.stack(losses).mean()),)
 
     before = -score()[0]
     title = f"distil {compressor} seed {seed}"
-    record = fit(step, distiller, len(pixels), settings, seed, score, title, resume_path(output))
+    identity = {
+        "backbone": described["sha256"],
+        "max_degree": max_degree,
+        "images": digest({"pixels": pixels, "held_out": held_out}),
+    }
+    record = fit(step, distiller, len(pixels), settings, seed, score, title, identity, resume_path(output))
     compensator.metadata = {
         "backbone": described["architecture"],
         "backbone_sha256": described["sha256"],

@@ -13,9 +13,8 @@ from tocom.compensator import Compensator
 from tocom.errors import TocomError
 from tocom.files import save_arrays
 from tocom.models import load_model, pick_device
-from tocom.settings import EvaluateSettings
+from tocom.settings import RANDOM, EvaluateSettings
 from tocom.stages.common import Split, TaskData, load_task, predict
-from tocom.stages.finetune import RANDOM
 from tocom.training import bar, make_deterministic
 from tocom.vit import CompressedViT, gflops
 
@@ -70,6 +69,12 @@ def evaluate_checkpoint(
     if meta.get("task") != task.name:
         raise TocomError(
             f"{checkpoint} was fine-tuned for {meta.get('task')!r}, not for {task.name!r}; check the paths"
+        )
+    made_for = compensator.metadata.get("backbone_sha256", meta["backbone_sha256"])
+    if made_for != meta["backbone_sha256"]:
+        raise TocomError(
+            f"{checkpoint} was fine-tuned from another backbone than this compensator was distilled on"
+            f" ({meta['backbone_sha256'][:12]}, {made_for[:12]}); distil one for its backbone"
         )
     source = meta["train_degree"]
     device = task.test.images.device

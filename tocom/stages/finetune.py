@@ -8,14 +8,12 @@ import torch
 from torch.nn import functional as F
 
 from tocom.errors import TocomError
+from tocom.files import sha256
 from tocom.models import load_model, pick_device, save_model
-from tocom.settings import FinetuneSettings
-from tocom.stages.common import load_task, predict
+from tocom.settings import RANDOM, FinetuneSettings
+from tocom.stages.common import check_size, load_task, predict
 from tocom.training import derive_seed, fit, forget, make_deterministic, normalise, random_shift, resume_path
 from tocom.vit import CompressedViT
-
-#: The train degree of the rival that draws a new degree for every step.
-RANDOM = "random"
 
 
 def finetune(
@@ -27,6 +25,7 @@ def finetune(
     compressor: str = "tome",
     max_degree: int | None = None,
     settings: FinetuneSettings | None = None,
+    keep_state: bool = False,
 ) -> dict:
     """Fine-tune all parameters of a backbone and write the best epoch as a checkpoint.
 
@@ -38,6 +37,8 @@ def finetune(
         train_degree: tokens removed in every block while training, or "random" to draw it uniformly from
             0..max_degree for every step, the rival that pays for its flexibility in every fine-tuning.
         max_degree: needed for "random" only.
+        keep_state: leave the finished run's state beside the output until :func:`tocom.training.forget` is called,
+            so that a caller which is killed before it has made all of its outputs makes this one again at once.
 
     Returns:
         What is stored with the checkpoint.
@@ -50,15 +51,15 @@ def finetune(
     make_deterministic(settings.threads)
     device = pick_device(settings.device)
     task = load_task(data, device)
-    torch.manual_seed(derive_seed(seed, task.name, "head"))
     model, described = load_model(backbone, num_classes=task.classes, drop_path_rate=settings.drop_path)
+    check_size(task, model)
     vit = CompressedViT(model.to(device), compressor, 0 if train_degree == RANDOM else train_degree)
 
     def step(indices):
         if train_degree == RANDOM:
             vit.set_degree(int(torch.randint(max_degree + 1, ())))
         images = random_shift(task.train.images[indices], settings.shift)
-        logits = vit(normalise(images))
+        logits = vit(normalise(images, model))
         return F.cross_entropy(logits, task.train.labels[indices], label_smoothing=settings.label_smoothing)
 
     def score():
@@ -72,7 +73,13 @@ def finetune(
 
     title = f"finetune {task.name} degree {train_degree} seed {seed}"
     run_seed = derive_seed(seed, task.name, str(train_degree))
-    record = fit(step, model, len(task.train.labels), settings, run_seed, score, title, resume_path(output))
+    identity = {
+        "backbone": described["sha256"],
+        "data": sha256(data),
+        "compressor": compressor,
+        "max_degree": max_degree if train_degree == RANDOM else None,
+    }
+    record = fit(step, model, len(task.train.labels), settings, run_seed, score, title, identity, resume_path(output))
     metadata = {
         "task": task.name,
         "train_degree": train_degree,
@@ -86,7 +93,8 @@ def finetune(
     save_model(
         output, model, described["architecture"], described["kwargs"] | {"num_classes": task.classes}, **metadata
     )
-    forget(output)
+    if not keep_state:
+        forget(output)
     return metadata
 
 

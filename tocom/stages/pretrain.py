@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 
 import torch
 from torch.nn import functional as F
@@ -28,7 +27,7 @@ def letters(n: int, held_out: bool = False) -> tuple[torch.Tensor, torch.Tensor]
 def accuracy(vit: CompressedViT, images: torch.Tensor, labels: torch.Tensor, batch_size: int = 250) -> float:
     """Return the share of images [n, 3, H, W] uint8 that are classified as labelled."""
     device = next(vit.parameters()).device
-    predicted = [vit(normalise(batch.to(device))).argmax(-1).cpu() for batch in images.split(batch_size)]
+    predicted = [vit(normalise(batch.to(device), vit.model)).argmax(-1).cpu() for batch in images.split(batch_size)]
     return (torch.cat(predicted) == labels).double().mean().item()
 
 
@@ -51,20 +50,27 @@ def pretrain(
     """
     make_deterministic(settings.threads)
     device = pick_device(settings.device)
-    start = time.monotonic()
     torch.manual_seed(derive_seed(seed, "initial weights"))
     model = create(architecture, kwargs | {"drop_path_rate": settings.drop_path}).to(device)
     images, labels = letters(settings.images)
     held_out = letters(settings.held_out, held_out=True)
 
     def step(indices):
-        logits = model(normalise(images[indices].to(device)))
+        logits = model(normalise(images[indices].to(device), model))
         return F.cross_entropy(logits, labels[indices].to(device), label_smoothing=settings.label_smoothing)
 
     vit = CompressedViT(model)
     title = f"pretrain seed {seed}"
     record = fit(
-        step, model, len(images), settings, seed, lambda: (accuracy(vit, *held_out),), title, resume_path(output)
+        step,
+        model,
+        len(images),
+        settings,
+        seed,
+        lambda: (accuracy(vit, *held_out),),
+        title,
+        {"architecture": architecture, "kwargs": kwargs},
+        resume_path(output),
     )
     by_degree = {str(degree): accuracy(vit.set_degree(degree), *held_out) for degree in degrees}
     metadata = {
@@ -74,8 +80,8 @@ def pretrain(
         "losses": record["losses"],
         "accuracy": by_degree,
         "data": "glyph letters",
+        "minutes": round(record["seconds"] / 60, 1),
     }
-    metadata["minutes"] = round((time.monotonic() - start) / 60, 1)
     save_model(output, model, architecture, kwargs, **metadata)
     forget(output)
     return metadata

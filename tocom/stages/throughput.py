@@ -18,12 +18,15 @@ from tocom.vit import CompressedViT, gflops
 def peak_memory_mb(vit: CompressedViT, images: torch.Tensor) -> float:
     """Return the most memory that tensors take during one forward pass, weights included, in MB (10^6 bytes).
 
-    On a GPU it is what CUDA's allocator reports; on a CPU, what torch's tensors hold.
+    On a GPU it is what CUDA's allocator reports, less what other models on it hold; on a CPU, what torch's tensors
+    hold.
     """
     if images.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(images.device)
+        before = torch.cuda.memory_allocated(images.device)
         vit(images)
-        return torch.cuda.max_memory_allocated(images.device) / 1e6
+        own = sum(tensor.nbytes for tensor in (*vit.parameters(), *vit.buffers(), images))
+        return (torch.cuda.max_memory_allocated(images.device) - before + own) / 1e6
     from torch.distributed._tools.mem_tracker import MemTracker
 
     tracker = MemTracker()

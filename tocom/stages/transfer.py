@@ -12,13 +12,10 @@ import torch
 
 from tocom.errors import TocomError
 from tocom.models import load_model, pick_device
-from tocom.settings import EvaluateSettings
+from tocom.settings import NO_GAP, EvaluateSettings
 from tocom.stages.common import load_task, predict
 from tocom.training import bar, make_deterministic
 from tocom.vit import CompressedViT
-
-#: How a row says that no gap was added.
-NO_GAP = "none"
 
 
 def is_head(name: str) -> bool:
@@ -63,9 +60,9 @@ def transfer(
     rows = []
     with bar(None, f"transfer to {task.name}", total=len(sources) * len(seeds)) as progress:
         for seed in seeds:
+            degree = load_model(checkpoints[task.name, seed][1])[1]["train_degree"]
             for source in sources:
                 model, low = load_model(checkpoints[task.name, seed][0])
-                degree = load_model(checkpoints[task.name, seed][1])[1]["train_degree"]
                 if source != NO_GAP:
                     states = [load_model(path)[0].state_dict() for path in checkpoints[source, seed]]
                     add_gap(model, *states)

@@ -90,7 +90,7 @@ rule significance:
         mem_mb=lambda wildcards, attempt: 2000 * attempt,
         runtime=lambda wildcards, attempt: 30 * attempt,
     params:
-        how=f"--predictions {ROOT}/predictions --resamples {STUDY.analysis.resamples} --level {STUDY.analysis.level}",
+        how=f"--predictions {ROOT}/predictions --resamples {STUDY.analysis.resamples}",
     shell:
         "tocom analyse significance {input.cells} {params.how} --output {output} > {log} 2>&1"
 
@@ -101,12 +101,19 @@ rule tables:
         f"{ROOT}/significance.csv",
         f"{ROOT}/throughput.csv",
     output:
-        markdown=report(
-            expand(f"{ROOT}/tables/{{name}}.md", name=STUDY.table_names),
-            caption="../report/tables.rst",
-            category="Tables",
+        expand(
+            f"{ROOT}/tables/{{name}}.{{kind}}",
+            name=STUDY.table_names,
+            kind=["md", "tex"],
         ),
-        latex=expand(f"{ROOT}/tables/{{name}}.tex", name=STUDY.table_names),
+        *[
+            report(
+                f"{ROOT}/tables/{name}.html",
+                caption=f"../report/tables/{name}.rst",
+                category="Tables",
+            )
+            for name in STUDY.table_names
+        ],
     log:
         f"{LOGS}/tables.log",
     benchmark:
@@ -129,12 +136,15 @@ rule figures:
         f"{ROOT}/significance.csv",
         [f"{ROOT}/transfer.csv"] if STUDY.gap_degrees else [],
     output:
-        png=report(
-            expand(f"{ROOT}/figures/{{name}}.png", name=STUDY.figure_names),
-            caption="../report/figures.rst",
-            category="Figures",
-        ),
-        pdf=expand(f"{ROOT}/figures/{{name}}.pdf", name=STUDY.figure_names),
+        expand(f"{ROOT}/figures/{{name}}.pdf", name=STUDY.figure_names),
+        *[
+            report(
+                f"{ROOT}/figures/{name}.png",
+                caption=f"../report/figures/{kind}.rst",
+                category="Figures",
+            )
+            for name, kind in STUDY.figure_kinds.items()
+        ],
     log:
         f"{LOGS}/figures.log",
     benchmark:
@@ -153,6 +163,7 @@ rule figures:
 
 rule verify:
     input:
+        INTERMEDIATE,
         RESULTS,
         cells=f"{ROOT}/cells.csv",
         reference=f"{ROOT}/reference/cells.csv",
@@ -167,6 +178,7 @@ rule verify:
         mem_mb=lambda wildcards, attempt: 500 * attempt,
         runtime=lambda wildcards, attempt: 5 * attempt,
     params:
-        tolerances=f"--cell-points {STUDY.verify.cell_points} --mean-points {STUDY.verify.mean_points}",
+        tolerances=f"--cell-points {STUDY.verify.cell_points} --mean-points {STUDY.verify.mean_points}"
+        f" --gain-points {STUDY.verify.gain_points}",
     shell:
         "tocom analyse verify {input.cells} {input.reference} {params.tolerances} 2>&1 | tee {log}"

@@ -14,7 +14,7 @@ rule pretrain_backbone:
     resources:
         mem_mb=lambda wildcards, attempt: 3000 * attempt,
         runtime=lambda wildcards, attempt: 120 * attempt,
-        gpu=GPUS,
+        gpu=gpus(STUDY.pretrain),
     params:
         model=lambda wildcards: STUDY.pretrain_options(wildcards.backbone),
         degrees=options("degree", range(STUDY.max_degree + 1)),

@@ -18,8 +18,12 @@ CHECKPOINT = f"{ROOT}/checkpoints/{{backbone}}/{{compressor}}/{{task}}/train-{{t
 PREDICTIONS = f"{ROOT}/predictions/{{backbone}}/{{compressor}}/{{task}}/train-{{train_degree}}_seed-{{seed}}.safetensors"
 COMPENSATOR = f"{ROOT}/compensators/{{backbone}}/{{compressor}}.safetensors"
 DATA = f"{ROOT}/data/{{task}}.safetensors"
-# Where CUDA is wanted, a job asks for one GPU; a profile says what that means on its cluster.
-GPUS = int(str(config.get("finetune", {}).get("device", "auto")).startswith("cuda"))
+try:
+    ALL_CORES = workflow.cores
+except (
+    WorkflowError
+):  # reports and cluster submissions are planned without a number of local cores
+    ALL_CORES = STUDY.throughput.threads
 
 
 wildcard_constraints:
@@ -43,6 +47,11 @@ def over(pattern, checkpoints):
 def options(name, values):
     """Repeat a command-line option for every value."""
     return " ".join(f"--{name} {value}" for value in values)
+
+
+def gpus(settings):
+    """Return the GPUs that a stage's job asks for: one if its device is CUDA; a profile says how to get it."""
+    return int(settings.device.startswith("cuda"))
 
 
 def backbone_file(wildcards):
@@ -105,4 +114,15 @@ FIGURES = [
     for name in STUDY.figure_names
     for kind in ("png", "pdf")
 ]
+# Not committed with the demo's results. They are named as inputs of the targets, because Snakemake would not make them
+# again for results that exist, and a fresh clone would pass the committed tables off as reproduced.
+INTERMEDIATE = [
+    *ALL_PREDICTIONS,
+    *per_model(f"{ROOT}/throughput/{{backbone}}/{{compressor}}.csv"),
+]
+if STUDY.gap_degrees:
+    INTERMEDIATE += per_model(
+        f"{ROOT}/transfer/{{backbone}}/{{compressor}}/{{task}}.csv",
+        task=STUDY.task_names,
+    )
 RESULTS = [f"{ROOT}/{name}.csv" for name in STUDY.csv_names] + TABLES + FIGURES

@@ -18,10 +18,11 @@ rule distil:
     resources:
         mem_mb=lambda wildcards, attempt: 2000 * attempt,
         runtime=lambda wildcards, attempt: 60 * attempt,
-        gpu=GPUS,
+        gpu=gpus(STUDY.distil),
     params:
         degrees=f"--max-degree {STUDY.max_degree} --seed {STUDY.distil_seed}",
+        images=lambda wildcards: STUDY.distil_options(wildcards.backbone),
         settings=STUDY.distil.options(),
     shell:
-        "tocom distil {input.backbone} --compressor {wildcards.compressor} {params.degrees} {params.settings}"
+        "tocom distil {input.backbone:q} --compressor {wildcards.compressor} {params.degrees} {params.images} {params.settings}"
         " --output {output} > {log} 2>&1"

@@ -21,7 +21,7 @@ for _index, _batch in enumerate(STUDY.batches):
         resources:
             mem_mb=lambda wildcards, attempt: 2000 * attempt,
             runtime=lambda wildcards, attempt: 60 * attempt,
-            gpu=GPUS,
+            gpu=gpus(STUDY.evaluate),
         params:
             checkpoints=lambda wildcards, input: options(
                 "checkpoint", input.checkpoints
@@ -50,7 +50,7 @@ rule transfer:
     resources:
         mem_mb=lambda wildcards, attempt: 2000 * attempt,
         runtime=lambda wildcards, attempt: 60 * attempt,
-        gpu=GPUS,
+        gpu=gpus(STUDY.evaluate),
     params:
         checkpoints=lambda wildcards: options(
             "checkpoint", STUDY.gap_options(CHECKPOINT, **wildcards)
@@ -81,11 +81,11 @@ rule throughput:
     conda:
         "../envs/tocom.yaml"
     # Alone on the machine, so that other jobs do not disturb the clock.
-    threads: workflow.cores
+    threads: ALL_CORES
     resources:
         mem_mb=lambda wildcards, attempt: 2000 * attempt,
         runtime=lambda wildcards, attempt: 30 * attempt,
-        gpu=GPUS,
+        gpu=gpus(STUDY.throughput),
     params:
         degrees=options("degree", sorted({0, *STUDY.infer_degrees})),
         settings=STUDY.throughput.options(),
@@ -93,5 +93,5 @@ rule throughput:
             "column", [f"study={STUDY.study}", f"backbone={wildcards.backbone}"]
         ),
     shell:
-        "tocom throughput {input.backbone} --compressor {wildcards.compressor} --compensator {input.compensator}"
+        "tocom throughput {input.backbone:q} --compressor {wildcards.compressor} --compensator {input.compensator}"
         " {params.degrees} {params.columns} {params.settings} --output {output} > {log} 2>&1"

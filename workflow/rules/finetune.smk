@@ -20,7 +20,7 @@ for _index, _batch in enumerate(STUDY.batches):
         resources:
             mem_mb=lambda wildcards, attempt: 2000 * attempt,
             runtime=lambda wildcards, attempt: 120 * attempt,
-            gpu=GPUS,
+            gpu=gpus(STUDY.finetune),
         params:
             template=lambda wildcards: CHECKPOINT.format(
                 **wildcards, train_degree="{degree}", seed="{seed}"
@@ -28,5 +28,5 @@ for _index, _batch in enumerate(STUDY.batches):
             runs=options("run", [f"{c.train_degree}:{c.seed}" for c in _batch]),
             settings=f"--max-degree {STUDY.max_degree} {STUDY.finetune.options()}",
         shell:
-            "tocom finetune {input.backbone} {input.data} --compressor {wildcards.compressor}"
+            "tocom finetune {input.backbone:q} {input.data} --compressor {wildcards.compressor}"
             " {params.runs} {params.settings} --output '{params.template}' > {log} 2>&1"

@@ -1,0 +1,55 @@
+"""The README promises only what is there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import tocom
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    links = re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_command_that_is_named_exists(page):
+    import click
+    import typer
+
+    from tocom.cli import app
+
+    group = typer.main.get_command(app)
+    for words in re.findall(
+        r"\btocom ((?:analyse )?[a-z]+)\b", " ".join(re.findall(r"`[^`]+`|^    .*$", page.read_text(), re.M))
+    ):
+        command = group
+        for word in words.split():
+            command = command.get_command(click.Context(command), word)
+            assert command is not None, words
+
+
+def test_the_five_lines_on_a_timm_model_run_as_they_stand(tmp_path, monkeypatch):
+    import timm
+
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+    real = timm.create_model
+    small = {"embed_dim": 24, "num_heads": 2, "depth": 2}
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained: real(name, **small))  # nothing is downloaded
+    monkeypatch.chdir(tmp_path)
+    tocom.Compensator(depth=2, dim=24, steps=16).save("tocom_deit_b.safetensors")
+    scope = {"images": torch.zeros(1, 3, 224, 224)}
+    exec(code, scope)
+    assert scope["logits"].shape == (1, 1000)
+    assert scope["vit"].tokens() == (181, 165)
+
+
+def test_every_public_name_can_be_imported_and_says_what_it_is():
+    for name in tocom.__all__:
+        assert name.startswith("__") or getattr(tocom, name).__doc__
