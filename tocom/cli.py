@@ -228,7 +228,7 @@ def info(path: Annotated[str, typer.Argument(help="A checkpoint, compensator, pr
 
 @app.command()
 def models(pattern: Annotated[str, typer.Argument(help="Filter on timm's names, e.g. 'deit*'.")] = "*vit*") -> None:
-    """List bundled backbones, and the timm models that can be compressed."""
+    """List bundled backbones, and timm's models of the supported family (a few have parts that are refused)."""
     from tocom.bundled import BUNDLED
     from tocom.models import compressible
 

@@ -62,7 +62,8 @@ def compare(
 ) -> pd.DataFrame:
     """Make every comparison and correct each family of p-values by Holm's method.
 
-    A family is what one table shows: a backbone and compressor, a comparison, and either all groups or all tasks.
+    A family is a backbone and compressor, one comparison, and either all groups of tasks (the main table) or all single
+    tasks (the table of tasks).
 
     Args:
         correct: condition -> which images were right [seeds, images] bool.
