@@ -165,6 +165,15 @@ def test_detaching_restores_the_weights_bit_for_bit(family, make_compensator, dt
     assert same(model, before)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_folded_weights_are_rounded_once(make_vit, make_compensator, dtype):
+    model, compensator = make_vit().to(dtype), make_compensator()
+    before = model.blocks[1].attn.qkv.weight[:24].double()
+    CompressedViT(model).attach(compensator, scale=0.3).set_degree(5)
+    exact = before + 0.3 * compensator.update(0, 5)[1, 0]
+    assert torch.equal(model.blocks[1].attn.qkv.weight[:24], exact.to(dtype))
+
+
 def test_detaching_restores_the_weights_after_a_change_of_precision(make_vit, make_compensator):
     rounded = weights(make_vit().bfloat16())
     vit = CompressedViT(make_vit()).attach(make_compensator()).set_degree(5)

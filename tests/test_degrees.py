@@ -24,6 +24,10 @@ def test_the_increasing_schedule_is_that_of_tome_code():
     assert counts(Inflected(8, 1), 12) == (0, 1, 2, 4, 5, 7, 8, 10, 11, 13, 14, 16)
 
 
+def test_fractions_of_the_first_count_are_cut_off_too():
+    assert counts(Inflected(5, -0.5), 3) == (7, 5, 3)
+
+
 def test_a_schedule_without_fractions_removes_exactly_r_a_block_on_average():
     assert counts(Inflected(11, -1), 12) == tuple(range(22, -1, -2))
     assert sum(counts(Inflected(11, -1), 12)) == 11 * 12

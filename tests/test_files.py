@@ -218,6 +218,17 @@ def test_a_pickle_is_refused_as_what_it_is(tmp_path, protocol):
     assert "is a Python pickle" in refusal(tmp_path / "p.safetensors")
 
 
+def test_a_corrupt_file_that_begins_as_a_pickle_does_is_not_taken_for_one(tmp_path):
+    for length in range(0, 260, 8):
+        save_tensors(tmp_path / "t", {"t": torch.ones(2)}, {"padding": "x" * length})
+        content = (tmp_path / "t").read_bytes()
+        if content[0] == 0x80:
+            break
+    assert content[0] == 0x80
+    (tmp_path / "t").write_bytes(content[:-1])
+    assert "is corrupt or not a safetensors file" in refusal(tmp_path / "t")
+
+
 def test_a_torch_archive_is_refused_as_what_it_is(tmp_path):
     torch.save({"a": torch.ones(2)}, tmp_path / "p.safetensors")
     assert "is a zip archive, as torch.save writes" in refusal(tmp_path / "p.safetensors")

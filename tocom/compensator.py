@@ -104,25 +104,28 @@ class Compensator(nn.Module):
             raise TocomError(f"degree {list(per_block)} has {len(per_block)} entries for {self.depth} blocks")
         return per_block
 
-    def forward(self, block: int, x: Tensor, signs: Tensor) -> Tensor:
+    def forward(self, block: int, x: Tensor, signs: Tensor) -> tuple[Tensor, Tensor]:
         """Apply the update beside the frozen projection, at the trained scale.
 
         Args:
             block: index of the block. x: its normalised input [B, N, dim]. signs: from :meth:`coefficients`.
 
         Returns:
-            What to add to the output of the fused qkv projection [B, N, 3 * dim].
+            What to add to the queries and to the values, both [B, N, dim].
         """
         active = signs.nonzero().squeeze(-1)
+        coefficients = self.trained_scale * signs[active].view(-1, 1, 1)
         query, value = (
-            self._bottleneck(self.down[block, p, active], self.up[block, p, active], x, signs[active])
+            self._bottleneck(self.down[block, p, active], coefficients * self.up[block, p, active], x)
             for p in range(len(PROJECTIONS))
         )
-        return self.trained_scale * torch.cat([query, torch.zeros_like(query), value], dim=-1)
+        return query, value
 
-    def _bottleneck(self, down: Tensor, up: Tensor, x: Tensor, signs: Tensor) -> Tensor:
-        hidden = F.dropout(F.linear(x, down.flatten(0, 1)), self.dropout, self.training)
-        return F.linear(hidden, (signs.view(-1, 1, 1) * up).transpose(0, 1).flatten(1))
+    def _bottleneck(self, down: Tensor, up: Tensor, x: Tensor) -> Tensor:
+        hidden = F.linear(x, down.flatten(0, 1))
+        if self.training and self.dropout:
+            hidden = F.dropout(hidden, self.dropout)
+        return F.linear(hidden, up.transpose(0, 1).flatten(1))
 
     # --- fitting a model ------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """Compression degrees: how many tokens each block removes.
 
-A degree is an integer ``r`` (tokens removed in every block), a list with one count a block, or a pair
-``{"r": r, "inflection": i}`` whose counts rise or fall linearly over depth (ToMe, arXiv 2210.09461, appendix D;
+A degree is an integer ``r`` (tokens removed in every block), a list with one count a block, or an
+``Inflected(r, i)`` whose counts rise or fall linearly over depth (ToMe, arXiv 2210.09461, appendix D;
 ``i = -1`` is its decreasing schedule, ``i = 0`` the constant one).
 """
 

@@ -85,7 +85,7 @@ class DistilSettings(Optimisation):
     dropout: Fraction = Field(0.1, description="dropout on the bottleneck")
     images: Positive = Field(20_000, description="pre-training images to use")
     held_out: Positive = Field(1_000, description="further images, to choose the best epoch on")
-    pairs: Positive = Field(12, description="held-out (source, target) pairs that the best epoch is chosen on")
+    pairs: Positive = Field(48, description="held-out (source, target) pairs that the best epoch is chosen on")
 
 
 class EvaluateSettings(Settings):

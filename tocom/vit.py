@@ -148,12 +148,12 @@ class CompressedViT(nn.Module):
 
     def _attend(self, index: int, attn: nn.Module, x: Tensor, size: Tensor | None) -> tuple[Tensor, Attention]:
         batch, n_tokens, _ = x.shape
-        qkv = attn.qkv(x)
+        q, k, v = attn.qkv(x).chunk(3, dim=-1)
         if self._live is not None:
             signs, compensator = self._live
-            qkv = qkv + compensator.forward(index, x, signs)
-        qkv = qkv.reshape(batch, n_tokens, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)
+            to_q, to_v = compensator(index, x, signs)
+            q, v = q + to_q, v + to_v
+        q, k, v = (part.view(batch, n_tokens, attn.num_heads, attn.head_dim).transpose(1, 2) for part in (q, k, v))
         q, k = attn.q_norm(q), attn.k_norm(k)
         bias = size.log().transpose(1, 2).unsqueeze(1) if size is not None and self.proportional_attention else None
         y = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=attn.attn_drop.p if attn.training else 0.0)

@@ -2,20 +2,17 @@
 
 import pytest
 
-from tests.small import ARCHITECTURE, KWARGS
+from tests.small import ARCHITECTURE, KWARGS, build
 from tocom.data.registry import prepare
-from tocom.models import create, save_model
+from tocom.models import save_model
 from tocom.settings import DistilSettings
 from tocom.stages.distil import distil
 
 
 @pytest.fixture(scope="session")
 def backbone(tmp_path_factory):
-    import torch
-
-    torch.manual_seed(0)
     path = tmp_path_factory.mktemp("backbone") / "tiny.safetensors"
-    save_model(path, create(ARCHITECTURE, KWARGS), ARCHITECTURE, KWARGS)
+    save_model(path, build(), ARCHITECTURE, KWARGS)
     return path
 
 

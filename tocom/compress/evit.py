@@ -33,8 +33,8 @@ class EViT(Compressor):
     """Prune the ``r`` least attended tokens.
 
     Args:
-        fuse: also replace what is pruned by its average, weighted by class attention; one more token is then
-            pruned, so that the block still loses ``r`` tokens.
+        fuse: also replace what is pruned by its average, weighted by class attention (normalised over what is
+            pruned); one more token is then pruned, so that the block still loses ``r`` tokens.
     """
 
     needs_class_token = True

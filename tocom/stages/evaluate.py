@@ -81,9 +81,11 @@ def evaluate_checkpoint(
     vit = CompressedViT(model.to(device), meta["compressor"], 0 if source == RANDOM else source)
     cells, predictions = [], []
 
-    def record(compensated: bool, scale: float) -> None:
+    def record(compensated: bool, scale: float, known: np.ndarray | None = None) -> None:
+        if known is None:
+            known = predict(vit, task.test.images, settings.batch_size).argmax(-1).numpy().astype(np.int16)
         cells.append(Cell(vit.degree, compensated, scale, round(gflops(vit), 6)))
-        predictions.append(predict(vit, task.test.images, settings.batch_size).argmax(-1).numpy().astype(np.int16))
+        predictions.append(known)
         progress.update()
 
     for degree in infer_degrees:
@@ -91,13 +93,14 @@ def evaluate_checkpoint(
         record(compensated=False, scale=0.0)
     if source != RANDOM:
         scales = [multiple * compensator.trained_scale for multiple in settings.scales]
+        plain = dict(zip(infer_degrees, predictions, strict=True))
         vit.set_degree(source).attach(compensator)
         for degree in infer_degrees:
             scale = 0.0
             if degree != source:  # P(m->m) is zero, whatever the scale
                 scale = choose_scale(vit.set_degree(degree), task.val, scales, settings)
             vit.set_degree(degree, scale)
-            record(compensated=True, scale=scale)
+            record(compensated=True, scale=scale, known=None if scale else plain[degree])
     return cells, np.stack(predictions), meta
 
 
