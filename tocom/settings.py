@@ -95,7 +95,9 @@ class EvaluateSettings(Settings):
         (0.0, 0.25, 0.5, 0.75, 1.0, 1.25),
         description="candidate ToCom scales, as multiples of the trained scale; 0 declines and has to be among them",
     )
-    select_by: Literal["loss", "accuracy"] = Field("loss", description="validation figure that the scale is chosen by")
+    select_by: Literal["accuracy", "loss"] = Field(
+        "accuracy", description="validation figure that the scale is chosen by; ties in accuracy go to the lower loss"
+    )
     batch_size: Positive = Field(250, description="images a forward pass")
     threads: Positive = 1
     device: str = "auto"

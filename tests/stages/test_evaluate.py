@@ -59,17 +59,22 @@ def test_the_choice_of_scale_ignores_the_test_images(checkpoints, digits, compen
     assert [cell.scale for cell in first[0]] == [cell.scale for cell in second[0]]
 
 
-def test_the_chosen_scale_has_the_lowest_validation_loss(checkpoints, digits, compensator, tmp_path):
-    (cells,), _ = run(checkpoints, digits, compensator, tmp_path, degrees=(4,))
+@pytest.mark.parametrize("select_by", ["loss", "accuracy"])
+def test_the_chosen_scale_is_the_best_on_validation_images(checkpoints, digits, compensator, tmp_path, select_by):
+    settings = SETTINGS.model_copy(update={"select_by": select_by})
+    (cells,), _ = run(checkpoints, digits, compensator, tmp_path, degrees=(4,), settings=settings)
     arrays, _ = read(digits)
-    losses = {}
+    labels = torch.from_numpy(arrays["val_labels"])
+    figures = {}
     for scale in SETTINGS.scales:
         vit = CompressedViT(load_model(checkpoints / "0")[0], "tome", 0).eval()
         vit.attach(Compensator.load(compensator), scale)
         with torch.no_grad():
             logits = vit.set_degree(4)(normalise(torch.from_numpy(arrays["val_images"]), vit.model))
-        losses[scale] = float(torch.nn.functional.cross_entropy(logits, torch.from_numpy(arrays["val_labels"])))
-    assert cells[1].scale == min(losses, key=losses.get)
+        loss = float(torch.nn.functional.cross_entropy(logits, labels))
+        accuracy = float((logits.argmax(-1) == labels).double().mean())
+        figures[scale] = (accuracy, -loss) if select_by == "accuracy" else (-loss,)
+    assert cells[1].scale == max(figures, key=figures.get)
 
 
 def test_tocom_can_decline_and_then_changes_nothing(checkpoints, digits, compensator, tmp_path):

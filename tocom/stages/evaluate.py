@@ -41,16 +41,13 @@ def choose_scale(vit: CompressedViT, val: Split, scales: list[float], settings: 
     Only the validation images are looked at.
     """
     labels, degree = val.labels.cpu(), vit.degree
-    best, best_figure = 0.0, -np.inf
-    for scale in sorted(scales):
+
+    def figures(scale: float) -> tuple[float, ...]:
         logits = predict(vit.set_degree(degree, scale), val.images, settings.batch_size)
-        if settings.select_by == "loss":
-            figure = -float(F.cross_entropy(logits, labels))
-        else:
-            figure = float((logits.argmax(-1) == labels).double().mean())
-        if figure > best_figure:
-            best, best_figure = scale, figure
-    return best
+        correct, loss = int((logits.argmax(-1) == labels).sum()), float(F.cross_entropy(logits, labels))
+        return (correct, -loss) if settings.select_by == "accuracy" else (-loss,)
+
+    return max(sorted(scales), key=figures)  # the first of equals
 
 
 def evaluate_checkpoint(
