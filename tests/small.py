@@ -17,5 +17,5 @@ def build(**overrides):
     model = create(ARCHITECTURE, KWARGS | overrides)
     for name, parameter in model.named_parameters():
         if parameter.ndim > 1 and "embed" not in name:
-            parameter.mul_(8)
+            parameter.mul_(25)
     return model.eval()

@@ -152,7 +152,7 @@ def evaluate(
 
 @app.command()
 def transfer(
-    data: DataArgument,
+    data: Annotated[list[Path], typer.Argument(help="Prepared tasks; each is evaluated with every task's gap.")],
     output: Output,
     checkpoint: Annotated[
         list[str],
@@ -161,7 +161,7 @@ def transfer(
     column: Columns = None,
     sets: Sets = None,
 ) -> None:
-    """Carry every task's gap between two degrees to one task, and write a CSV of what comes of it."""
+    """Carry every task's gap between two degrees to other tasks, and write a CSV of what comes of it."""
     from tocom.analysis.cells import write_rows
     from tocom.settings import EvaluateSettings, parse
     from tocom.stages.transfer import transfer as stage
@@ -174,7 +174,8 @@ def transfer(
             raise TocomError(f"--checkpoint {text!r}: write TASK:SEED:LOW:HIGH")
         checkpoints[parts[0], int(parts[1])] = (parts[2], parts[3])
     with timed("evaluate", settings.threads):
-        write_rows(stage(checkpoints, data, settings), output, _columns(column))
+        rows = [row for task in data for row in stage(checkpoints, task, settings)]
+        write_rows(rows, output, _columns(column))
 
 
 @app.command()
@@ -251,8 +252,7 @@ def settings() -> None:
 
     for title, kind in module.STAGES.items():
         rows = [
-            (name, json.dumps(field.get_default()), field.description or "")
-            for name, field in kind.model_fields.items()
+            (name, json.dumps(field.get_default()), kind.meaning(name)) for name, field in kind.model_fields.items()
         ]
         typer.echo(f"\n{title}")
         _table(("setting", "default", "meaning"), rows)

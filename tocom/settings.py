@@ -26,6 +26,12 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @classmethod
+    def meaning(cls, name: str) -> str:
+        """Return the description of a setting; a stage that only changes its default inherits it."""
+        fields = [base.model_fields[name] for base in cls.__mro__ if name in getattr(base, "model_fields", {})]
+        return next((field.description for field in fields if field.description), "")
+
     def options(self) -> str:
         """Return the settings as ``--set key=value`` options, for a shell command that shows all of them."""
         import shlex
@@ -62,7 +68,7 @@ class PretrainSettings(Optimisation):
     lr: float = Field(1e-3, gt=0)
     warmup_epochs: Annotated[int, Field(ge=0)] = 1
     threads: Positive = 2
-    label_smoothing: Fraction = 0.1
+    label_smoothing: Fraction = Field(0.1, description="label smoothing of the cross-entropy")
     images: Positive = Field(40_000, description="pre-training images to generate")
     held_out: Positive = Field(2_000, description="images for the accuracies on the model card")
 
@@ -99,8 +105,8 @@ class EvaluateSettings(Settings):
         "accuracy", description="validation figure that the scale is chosen by; ties in accuracy go to the lower loss"
     )
     batch_size: Positive = Field(250, description="images a forward pass")
-    threads: Positive = 1
-    device: str = "auto"
+    threads: Positive = Field(1, description="torch CPU threads")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
 
     @field_validator("scales")
     @classmethod
@@ -116,8 +122,8 @@ class ThroughputSettings(Settings):
     batch_size: Positive = Field(64, description="images a forward pass")
     repeats: Positive = Field(40, description="timed rounds; every model takes a turn in each")
     warmup: Positive = Field(3, description="forward passes before the first round")
-    threads: Positive = 1
-    device: str = "auto"
+    threads: Positive = Field(1, description="torch CPU threads")
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
 
 
 def explain(error: ValidationError, where: str, known: dict[str, type[BaseModel]] | None = None) -> TocomError:

@@ -96,7 +96,7 @@ def test_gains_and_gaps_are_those_that_were_put_in(study, scope):
     assert found.low <= 6.0 <= found.high
     assert found.accuracy_matched == pytest.approx(92.0)
     assert found.gap_closed == pytest.approx(0.5)
-    assert found.p_images_holm < 1e-4
+    assert found.p_images_holm < 1e-3
     assert row(study, scope, "0", 4).gain == 0
     assert row(study, scope, "0", 4).p_images == 1
 
@@ -194,7 +194,7 @@ def test_verify_tells_identical_close_and_different_runs_apart(study):
     with pytest.raises(TocomError, match="differs from the reference"):
         verify.report(verify.compare(near, cells, 0.5, 1, 1), 0.5, 1, 1)
     shifted = cells.assign(accuracy=cells.accuracy - 0.03)
-    with pytest.raises(TocomError, match="points a mean"):
+    with pytest.raises(TocomError, match="mean of"):
         verify.report(verify.compare(shifted, cells, 5, 1, 1), 5, 1, 1)
     without_effect = cells.assign(
         accuracy=cells.accuracy + (cells.infer_degree == 12) * (0.01 - 0.02 * cells.compensated),

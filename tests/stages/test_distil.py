@@ -55,7 +55,7 @@ def test_only_the_compensator_learns_and_the_teacher_is_plain():
 
 
 def test_a_longer_distillation_lowers_the_held_out_divergence(backbone, tmp_path):
-    about = distil(backbone, tmp_path / "c", 4, settings=QUICK.model_copy(update={"epochs": 12, "lr": 2e-2}))
+    about = distil(backbone, tmp_path / "c", 4, settings=QUICK.model_copy(update={"epochs": 30, "lr": 3e-3}))
     assert about["held_out_kl"] < 0.97 * about["held_out_kl_without"]
 
 
@@ -70,7 +70,7 @@ def test_distilling_twice_gives_the_same_bytes_and_says_what_it_is(backbone, tmp
 
 
 def test_a_loss_that_turns_nan_leaves_no_output(backbone, tmp_path):
-    with pytest.raises(TocomError, match="the loss became"):
+    with pytest.raises(TocomError, match="became nan"):
         distil(backbone, tmp_path / "c", 4, settings=QUICK.model_copy(update={"lr": 1e30, "epochs": 4}))
     assert list(tmp_path.iterdir()) == []
 

@@ -47,10 +47,7 @@ rule gather_throughput:
 
 rule gather_transfer:
     input:
-        per_model(
-            f"{ROOT}/transfer/{{backbone}}/{{compressor}}/{{task}}.csv",
-            task=STUDY.task_names,
-        ),
+        per_model(f"{ROOT}/transfer/{{backbone}}/{{compressor}}.csv"),
     output:
         report(
             f"{ROOT}/transfer.csv", caption="../report/transfer.rst", category="Data"

@@ -121,8 +121,5 @@ INTERMEDIATE = [
     *per_model(f"{ROOT}/throughput/{{backbone}}/{{compressor}}.csv"),
 ]
 if STUDY.gap_degrees:
-    INTERMEDIATE += per_model(
-        f"{ROOT}/transfer/{{backbone}}/{{compressor}}/{{task}}.csv",
-        task=STUDY.task_names,
-    )
+    INTERMEDIATE += per_model(f"{ROOT}/transfer/{{backbone}}/{{compressor}}.csv")
 RESULTS = [f"{ROOT}/{name}.csv" for name in STUDY.csv_names] + TABLES + FIGURES

@@ -36,14 +36,14 @@ for _index, _batch in enumerate(STUDY.batches):
 
 rule transfer:
     input:
-        data=DATA,
+        data=expand(DATA, task=STUDY.task_names),
         checkpoints=gap_checkpoints,
     output:
-        f"{ROOT}/transfer/{{backbone}}/{{compressor}}/{{task}}.csv",
+        f"{ROOT}/transfer/{{backbone}}/{{compressor}}.csv",
     log:
-        f"{LOGS}/transfer/{{backbone}}/{{compressor}}/{{task}}.log",
+        f"{LOGS}/transfer/{{backbone}}/{{compressor}}.log",
     benchmark:
-        f"{BENCHMARKS}/transfer/{{backbone}}/{{compressor}}/{{task}}.tsv"
+        f"{BENCHMARKS}/transfer/{{backbone}}/{{compressor}}.tsv"
     conda:
         "../envs/tocom.yaml"
     threads: STUDY.evaluate.threads
