@@ -74,7 +74,19 @@ _ESCAPES = {
     "{": r"\{",
     "}": r"\}",
 }
-_SYMBOLS = {"±": r"$\pm$", "→": r"$\to$", "×": r"$\times$", "−": r"$-$", "–": "--", "Δ": r"$\Delta$", "≥": r"$\ge$"}
+_SYMBOLS = {
+    "±": r"$\pm$",
+    "→": r"$\to$",
+    "×": r"$\times$",
+    "−": r"$-$",
+    "<": r"$<$",
+    ">": r"$>$",
+    "^": r"\^{}",
+    "~": r"\textasciitilde{}",
+    "–": "--",
+    "Δ": r"$\Delta$",
+    "≥": r"$\ge$",
+}
 
 
 def _tex(text: str, bold: bool = False) -> str:
