@@ -6,7 +6,7 @@ CORES ?= all
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
-UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
+UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 
 .PHONY: reproduce test check lock reference backbone clean help
 .DEFAULT_GOAL := help
