@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from tocom.analysis.significance import TOCOM_VS_PLAIN
 from tocom.analysis.stats import stars
-from tocom.analysis.tables import members
+from tocom.analysis.tables import members, signed
 from tocom.settings import NO_GAP, RANDOM
 
 #: Metadata without dates, so that the same numbers give the same bytes.
@@ -84,7 +84,7 @@ def gain_heatmap(significance: pd.DataFrame) -> Figure:
     for axis, scope in zip(axes.flat, scopes, strict=True):
         mine = chosen[chosen.scope == scope].assign(
             train_degree=lambda f: f.train_degree.astype(int),
-            text=lambda f: [f"{g:+.1f}{stars(p)}" for g, p in zip(f.gain, f.p_images_holm, strict=True)],
+            text=lambda f: [signed(g) + stars(p) for g, p in zip(f.gain, f.p_images_holm, strict=True)],
         )
         gain = mine.pivot(index="train_degree", columns="infer_degree", values="gain")
         text = mine.pivot(index="train_degree", columns="infer_degree", values="text").fillna("")
@@ -93,6 +93,7 @@ def gain_heatmap(significance: pd.DataFrame) -> Figure:
             cbar=scope == scopes[-1], cbar_kws={"label": "gain of ToCom (points)"}, linewidths=0.5,
             annot_kws={"size": 8},
         )  # fmt: skip
+        axis.grid(False)
         axis.set(title=scope, xlabel="inference degree", ylabel="train degree")
     return figure
 
