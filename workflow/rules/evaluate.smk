@@ -15,10 +15,10 @@ for _index, _batch in enumerate(STUDY.batches):
             f"{LOGS}/evaluate/{{backbone}}/{{compressor}}/{{task}}/batch-{_index}.log",
         benchmark:
             f"{BENCHMARKS}/evaluate/{{backbone}}/{{compressor}}/{{task}}/batch-{_index}.tsv"
-        conda:
-            "../envs/tocom.yaml"
         # Before the shorter jobs that also wait for checkpoints, which then fill the cores at the end.
         priority: 5
+        conda:
+            "../envs/tocom.yaml"
         threads: STUDY.evaluate.threads
         resources:
             mem_mb=lambda wildcards, attempt: 2000 * attempt,
