@@ -21,7 +21,7 @@ ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{
 
 def workplace(folder):
     """Copy what a run needs into an empty folder, so that runs do not see each other's results."""
-    for name in ("Snakefile", "workflow", "config"):
+    for name in ("Snakefile", "workflow", "profiles", "config"):
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, folder / name)
     return folder
@@ -72,7 +72,7 @@ def test_every_job_left_a_log_and_a_benchmark_and_no_temporary_file(finished):
 
 
 def test_a_change_of_one_setting_reruns_only_what_depends_on_it(finished, tmp_path):
-    text = TINY.read_text().replace("evaluate: {scales: [0, 1]}", "evaluate: {scales: [0, 1, 2]}")
+    text = TINY.read_text().replace("scales: [0, 1]", "scales: [0, 1, 2]")
     (tmp_path / "changed.yaml").write_text(text)
     result = snakemake(finished, "--configfile", tmp_path / "changed.yaml", "--dry-run")
     planned = {line.split()[0] for line in result.stdout.splitlines() if line[:1].isalpha() and line[-1:].isdigit()}
@@ -170,6 +170,7 @@ def test_the_demo_plans_as_many_jobs_as_the_arithmetic_says(tmp_path):
     for_each_task = ["prepare", *["finetune", "evaluate"] * len(study.batches)]
     once = [
         "distil",
+        "transfer",
         "throughput",
         "gather_throughput",
         "gather_transfer",
