@@ -102,7 +102,7 @@ def show(folder: Path) -> str:
         f"{main.read_text(encoding='utf-8')}\n"
         f"All tables: {folder}/tables (Markdown and LaTeX)   figures: {folder}/figures\n"
         f"One page with everything: {folder}/report.html   every cell: {folder}/cells.csv\n"
-        f"Compare with the committed run: snakemake verify --cores all\n"
+        f"Compare with the committed run: snakemake verify\n"
         f"Figures to reach: tocom analyse headline {folder}"
     )
 
