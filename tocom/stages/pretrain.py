@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from tocom.data import glyphs
 from tocom.models import create, pick_device, save_model
 from tocom.settings import PretrainSettings
+from tocom.stages.common import predict
 from tocom.training import derive_seed, fit, forget, make_deterministic, normalise, resume_path
 from tocom.vit import CompressedViT
 
@@ -23,12 +24,10 @@ def letters(n: int, held_out: bool = False) -> tuple[torch.Tensor, torch.Tensor]
     return torch.from_numpy(images), torch.from_numpy(labels)
 
 
-@torch.no_grad()
 def accuracy(vit: CompressedViT, images: torch.Tensor, labels: torch.Tensor, batch_size: int = 250) -> float:
     """Return the share of images [n, 3, H, W] uint8 that are classified as labelled."""
-    device = next(vit.parameters()).device
-    predicted = [vit(normalise(batch.to(device), vit.model)).argmax(-1).cpu() for batch in images.split(batch_size)]
-    return (torch.cat(predicted) == labels).double().mean().item()
+    logits = predict(vit, images.to(next(vit.parameters()).device), batch_size)
+    return (logits.argmax(-1) == labels).double().mean().item()
 
 
 def pretrain(
