@@ -22,13 +22,23 @@ include: "workflow/rules/common.smk"
 include: "workflow/rules/data.smk"
 include: "workflow/rules/backbone.smk"
 include: "workflow/rules/distil.smk"
-include: "workflow/rules/finetune.smk"
-include: "workflow/rules/evaluate.smk"
-include: "workflow/rules/aggregate.smk"
+include: "workflow/rules/throughput.smk"
+
+
+if STUDY.segmentation:
+
+    include: "workflow/rules/segment.smk"
+
+else:
+
+    include: "workflow/rules/finetune.smk"
+    include: "workflow/rules/evaluate.smk"
+    include: "workflow/rules/aggregate.smk"
 
 
 rule all:
     default_target: True
     input:
         INTERMEDIATE,
+        ALL_SEGMENTED if STUDY.segmentation else [],
         RESULTS,

@@ -42,7 +42,7 @@ def digits(tmp_path_factory):
 
 def finetune(backbone, data, output, *more):
     quick = ["--set", "epochs=2", "--set", "device=cpu"]
-    return tocom("finetune", backbone, data, "-o", output, *quick, *(more or ("--run", "0:0")))
+    return tocom("finetune", backbone, data, "-o", output, *quick, *(more or ("--at", "0:0")))
 
 
 def test_an_unknown_key_in_a_config(tmp_path):
@@ -51,7 +51,7 @@ def test_an_unknown_key_in_a_config(tmp_path):
 
 
 def test_a_degree_out_of_range(backbone, digits, tmp_path):
-    assert_one_line_error(finetune(backbone, digits, tmp_path / "x", "--run", "often:0"), "--run 'often:0'")
+    assert_one_line_error(finetune(backbone, digits, tmp_path / "x", "--at", "often:0"), "--run 'often:0'")
     distilled = tmp_path / "c"
     quick = ["--set", "epochs=1", "--set", "images=32", "--set", "held_out=16", "--set", "device=cpu"]
     assert tocom("distil", backbone, "-o", distilled, "--max-degree", 2, *quick).returncode == 0
@@ -78,7 +78,7 @@ def test_a_pickle_in_place_of_a_checkpoint(digits, tmp_path):
 
 
 def test_a_loss_that_turns_nan(backbone, digits, tmp_path):
-    result = finetune(backbone, digits, tmp_path / "x", "--run", "0:0", "--set", "lr=1e30", "--set", "epochs=5")
+    result = finetune(backbone, digits, tmp_path / "x", "--at", "0:0", "--set", "lr=1e30", "--set", "epochs=5")
     assert_one_line_error(result, "became nan", "lower the learning rate")
     assert not (tmp_path / "x").exists()
 
@@ -105,11 +105,11 @@ def test_a_missing_file_and_a_file_of_the_wrong_kind(backbone, digits, tmp_path)
 
 @pytest.mark.parametrize("output", ["{name}.safetensors", "same.safetensors"])
 def test_an_output_that_cannot_hold_every_run(backbone, digits, tmp_path, output):
-    assert_one_line_error(finetune(backbone, digits, tmp_path / output, "--run", "0:0", "--run", "0:1"), "--output")
+    assert_one_line_error(finetune(backbone, digits, tmp_path / output, "--at", "0:0", "--at", "0:1"), "--output")
 
 
 def test_a_finetuned_model_can_be_inspected(backbone, digits, tmp_path):
-    assert finetune(backbone, digits, tmp_path / "{degree}-{seed}", "--run", "0:0", "--run", "2:1").returncode == 0
+    assert finetune(backbone, digits, tmp_path / "{degree}-{seed}", "--at", "0:0", "--at", "2:1").returncode == 0
     result = tocom("info", tmp_path / "2-1")
     assert result.returncode == 0
     assert "train_degree" in result.stdout

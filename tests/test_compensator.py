@@ -1,7 +1,10 @@
 """The arithmetic of ToCom, folding in and out, and its files."""
 
+import itertools
+import math
 import os
 import pickle
+from fractions import Fraction
 
 import pytest
 import torch
@@ -9,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from timm.layers import Attention
+from torch._dynamo.testing import CompileCounterWithBackend
 
-from tocom.compensator import Compensator
+from tocom.compensator import QKV, Compensator, active, is_folded
 from tocom.errors import TocomError
 from tocom.files import load_tensors, save_tensors, sha256
 from tocom.vit import CompressedViT
@@ -90,13 +94,102 @@ def test_a_compensator_of_nothing_is_refused(wrong):
         Compensator(depth=1, dim=4, **wrong)
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"steps": 4, "step": 0},
+        {"steps": 4, "step": -1},
+        {"steps": 4, "step": 2, "max_degree": 9},
+        {"steps": 4, "step": 2, "max_degree": 6},
+    ],
+    ids=str,
+)
+def test_steps_that_do_not_end_at_the_highest_degree_are_refused(wrong):
+    with pytest.raises(TocomError, match="4 steps of .* do not end at degree"):
+        Compensator(depth=1, dim=4, **wrong)
+
+
+@pytest.mark.parametrize("wrong", [(), ("q", "x"), ("q", "q"), ["qv"]], ids=str)
+def test_projections_that_are_none_are_refused(wrong):
+    with pytest.raises(TocomError, match="projections .* are refused: name one or more of q, k and v"):
+        Compensator(depth=1, dim=4, steps=1, projections=wrong)
+
+
+# --- steps of several degrees ---------------------------------------------------------------------------------
+
+
+@st.composite
+def grids(draw):
+    """A step, a highest degree and three degrees up to it."""
+    step, highest = draw(st.integers(1, 7)), draw(st.integers(1, 20))
+    return step, highest, *(draw(st.integers(0, highest)) for _ in range(3))
+
+
+def stepped(step, highest, seed=0):
+    result = Compensator(2, 4, math.ceil(highest / step), step=step, max_degree=highest).double()
+    torch.nn.init.normal_(result.up, generator=torch.Generator().manual_seed(seed))
+    return result
+
+
+@given(grid=grids())
+@settings(deadline=None)
+def test_a_coefficient_is_the_share_of_the_step_that_lies_between_the_degrees(grid):
+    step, highest, m, n, _ = grid
+    expected = []
+    for update in range(math.ceil(Fraction(highest, step))):
+        whole = range(update * step, (update + 1) * step)  # the single degrees i -> i+1 of this step
+        share = Fraction(sum(min(m, n) <= i < max(m, n) for i in whole), step)
+        expected.append(float(share if n > m else -share))
+    assert stepped(step, highest).coefficients(m, n).tolist() == expected
+
+
+@given(grid=grids())
+@settings(deadline=None)
+def test_the_laws_of_the_arithmetic_hold_for_every_step(grid):
+    step, highest, m, k, n = grid
+    compensator = stepped(step, highest)
+    assert torch.equal(compensator.update(m, n), -compensator.update(n, m))
+    parts = compensator.update(m, k) + compensator.update(k, n)
+    torch.testing.assert_close(parts, compensator.update(m, n), rtol=0, atol=1e-12)
+
+
+def test_degrees_inside_a_step_are_interpolated_and_the_last_step_may_be_cut_off():
+    compensator = stepped(step=3, highest=16)
+    assert (compensator.steps, compensator.max_degree) == (6, 16)
+    whole = compensator.update(3, 6)
+    for n in (4, 5):
+        torch.testing.assert_close(compensator.update(3, n), whole * (n - 3) / 3, rtol=0, atol=1e-12)
+    product = compensator.up[:, :, 5] @ compensator.down[:, :, 5]
+    torch.testing.assert_close(compensator.update(15, 16), product / 3, rtol=0, atol=1e-12)
+    with pytest.raises(TocomError, match="degree 17 is out of range: .* degrees 0 to 16"):
+        compensator.coefficients(0, 17)
+
+
+@pytest.mark.parametrize(("highest", "step", "steps"), [(16, 1, 16), (16, 2, 8), (16, 3, 6), (16, 16, 1), (5, 8, 1)])
+def test_a_compensator_for_a_model_has_the_steps_that_its_highest_degree_needs(make_vit, highest, step, steps):
+    compensator = Compensator.for_model(make_vit(), highest, step=step, rank=3)
+    assert compensator.up.shape == (3, 2, steps, 24, 3)
+    assert compensator.down.shape == (3, 2, steps, 3, 24)
+    assert (compensator.max_degree, compensator.step) == (highest, step)
+
+
+@pytest.mark.parametrize("coefficients", [[0, 0, 1, -0.5, 0], [1, 1], [0, 0], [0, 2, 0, 0.25]], ids=str)
+def test_active_coefficients_are_those_without_zeros_at_the_ends(coefficients):
+    coefficients = torch.tensor(coefficients, dtype=torch.float64)
+    left, first = active(coefficients)
+    assert not left.numel() or (left[0] != 0 and left[-1] != 0)
+    padded = torch.zeros_like(coefficients)
+    padded[first : first + len(left)] = left
+    assert torch.equal(padded, coefficients)
+
+
 # --- in a model -----------------------------------------------------------------------------------------------
 
 
 def test_a_new_compensator_changes_nothing(make_vit, images):
     model = make_vit()
     plain = CompressedViT(model).set_degree(5)(images)
-    vit = CompressedViT(model).attach(Compensator.for_model(model, steps=STEPS)).set_degree(5)
+    vit = CompressedViT(model).attach(Compensator.for_model(model, STEPS)).set_degree(5)
     assert vit.compensator.down.any()
     assert torch.equal(vit(images), plain)
 
@@ -116,6 +209,31 @@ def test_the_update_beside_the_weights_is_the_update_folded_in(family, images, m
     torch.testing.assert_close(folded(images), beside, rtol=0, atol=1e-10)
 
 
+SUBSETS = [names for n in (1, 2, 3) for names in itertools.combinations(QKV, n)]
+
+
+@pytest.mark.parametrize("projections", SUBSETS, ids="".join)
+@torch.no_grad()
+def test_any_projections_live_are_those_folded_and_touch_no_other_rows(make_vit, images, make_compensator, projections):
+    compensator = make_compensator(projections=projections[::-1], step=4, steps=2, max_degree=6)
+    assert compensator.projections == projections
+    model = make_vit(qk_norm=True)
+    live = CompressedViT(model, degree=5)
+    live.set_live_update(compensator, compensator.coefficients(1, 5))
+    beside = live(images)
+    before = weights(model)
+    folded = CompressedViT(model, degree=1).attach(compensator).set_degree(5)
+    torch.testing.assert_close(folded(images), beside, rtol=0, atol=1e-10)
+    update = compensator.update(1, 5)
+    assert update.shape == (3, len(projections), 24, 24)
+    for index, block in enumerate(model.blocks):
+        change = (block.attn.qkv.weight - before[f"blocks.{index}.attn.qkv.weight"]).chunk(3)
+        for name, rows in zip("qkv", change, strict=True):
+            expected = update[index, projections.index(name)] if name in projections else torch.zeros(24, 24)
+            torch.testing.assert_close(rows, expected.double(), rtol=0, atol=1e-12)
+    assert same(folded.detach().model, before)
+
+
 @torch.no_grad()
 def test_live_and_folded_agree_in_float32(make_vit, images, make_compensator):
     model, compensator, images = make_vit().float(), make_compensator().float(), images.float()
@@ -124,6 +242,82 @@ def test_live_and_folded_agree_in_float32(make_vit, images, make_compensator):
     beside = live(images)
     folded = CompressedViT(model).attach(compensator).set_degree(4)
     torch.testing.assert_close(folded(images), beside, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@torch.no_grad()
+def test_half_precision_agrees_with_float32_folded_and_live(make_vit, images, make_compensator, dtype):
+    model, compensator, images = make_vit().float(), make_compensator().float(), images.float()
+    vit = CompressedViT(model, degree=4)
+    plain = vit(images)
+    exact = CompressedViT(make_vit().float()).attach(compensator).set_degree(4)(images)
+    vit.set_live_update(compensator, compensator.coefficients(0, 4))
+    with torch.autocast("cpu", dtype):
+        results = [vit(images)]
+    results.append(vit.to(dtype)(images.to(dtype)))
+    results.append(CompressedViT(make_vit().to(dtype)).attach(compensator).set_degree(4)(images.to(dtype)))
+    for logits in results:
+        assert logits.dtype == dtype
+        assert (logits - exact).norm() < 0.1 * (plain - exact).norm()
+
+
+def test_gradients_of_a_live_update_under_autocast_are_those_of_float32(make_vit, images, make_compensator):
+    gradients = {}
+    for enabled in (False, True):
+        compensator = make_compensator().float()
+        vit = CompressedViT(make_vit().float().requires_grad_(False), degree=4)
+        vit.set_live_update(compensator, compensator.coefficients(0, 4))
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            vit(images.float()).float().square().sum().backward()
+        gradients[enabled] = torch.cat([compensator.down.grad.flatten(), compensator.up.grad.flatten()])
+    assert gradients[True].dtype == torch.float32
+    assert (gradients[True] - gradients[False]).norm() < 0.05 * gradients[False].norm()
+
+
+@pytest.mark.parametrize("compressor", ["tome", "evit_fuse"])
+def test_a_compiled_model_is_one_graph_with_the_same_logits_and_gradients(
+    make_vit, images, make_compensator, compressor
+):
+    compensator = make_compensator(compressor=compressor)
+    vit = CompressedViT(make_vit().requires_grad_(False), compressor, degree=4)
+    vit.set_live_update(compensator, compensator.coefficients(1, 4))
+
+    def run(forward):
+        compensator.zero_grad()
+        logits = forward(images)
+        logits.square().sum().backward()
+        return logits.detach(), compensator.down.grad.clone(), compensator.up.grad.clone()
+
+    expected = run(vit)
+    torch.compiler.reset()
+    compiled = run(torch.compile(vit, backend="aot_eager", fullgraph=True, dynamic=False))
+    for actual, wanted in zip(compiled, expected, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-10)
+
+
+def test_a_whole_live_update_needs_one_program_a_degree(make_vit, images, make_compensator):
+    vit, compensator = CompressedViT(make_vit(depth=2), degree=4), make_compensator(depth=2)
+    torch.compiler.reset()
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(vit, backend=backend, fullgraph=True, dynamic=False)
+    for source in (0, 1, 6):
+        vit.set_live_update(compensator, compensator.coefficients(source, 4), whole=True)
+        logits = compiled(images)
+        vit.set_live_update(compensator, compensator.coefficients(source, 4))
+        torch.testing.assert_close(logits, vit(images), rtol=0, atol=1e-10)
+    assert backend.frame_count == 1
+
+
+def test_a_compiled_model_follows_the_degree_and_the_folded_weights(make_vit, images, make_compensator):
+    eager = CompressedViT(make_vit()).attach(make_compensator())
+    vit = CompressedViT(make_vit()).attach(make_compensator())
+    torch.compiler.reset()
+    compiled = torch.compile(vit, backend="aot_eager", fullgraph=True, dynamic=False)
+    with torch.no_grad():
+        for degree, scale in [(4, 1.0), (4, 0.3), (2, 1.0)]:
+            vit.set_degree(degree, scale)
+            expected = eager.set_degree(degree, scale)(images)
+            torch.testing.assert_close(compiled(images), expected, rtol=0, atol=1e-10)
 
 
 def test_only_active_steps_of_a_live_update_get_gradients(make_vit, images, make_compensator):
@@ -151,6 +345,28 @@ def test_a_live_update_is_no_part_of_the_model(make_vit, make_compensator):
     names = set(vit.state_dict())
     vit.set_live_update(make_compensator(), torch.zeros(STEPS))
     assert set(vit.state_dict()) == names
+
+
+def test_an_attached_compensator_is_no_part_of_the_model_and_keeps_its_precision(make_vit, images, make_compensator):
+    vit = CompressedViT(make_vit())
+    names, parameters = set(vit.state_dict()), len(list(vit.parameters()))
+    compensator = make_compensator()
+    vit.attach(compensator).set_degree(3)
+    assert vit.compensator is compensator
+    assert (set(vit.state_dict()), len(list(vit.parameters()))) == (names, parameters)
+    vit.float().set_degree(5)  # as after .to(device): only the model moves, and the update follows it
+    assert compensator.up.dtype == torch.float64
+    expected = CompressedViT(make_vit().float()).attach(compensator).set_degree(5)(images.float())
+    torch.testing.assert_close(vit(images.float()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_says_whether_an_update_is_folded_into_its_weights(make_vit, make_compensator):
+    model = make_vit()
+    assert not is_folded(model)
+    vit = CompressedViT(model).attach(make_compensator())
+    for degree, scale, folded in [(0, 1.0, False), (4, 1.0, True), (4, 0.0, False), (2, 0.5, True)]:
+        assert is_folded(vit.set_degree(degree, scale).model) == folded
+    assert not is_folded(vit.detach().model)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -284,15 +500,27 @@ def test_attention_of_another_width_is_refused(make_vit, make_compensator):
 
 def test_a_compensator_comes_back_from_its_file_with_all_its_settings(tmp_path):
     about = {"backbone": "deit", "recipe": {"lr": 0.005, "epochs": [1, 2]}}
-    original = Compensator(2, 8, 5, rank=3, compressor="evit", trained_scale=0.1, dropout=0.2, metadata=about)
+    original = Compensator(2, 8, 5, 3, "evit", 0.1, 0.2, about, projections=("k", "v"), step=3, max_degree=14)
     torch.nn.init.normal_(original.up)
     original.save(tmp_path / "p.safetensors")
     loaded = Compensator.load(tmp_path / "p.safetensors")
     assert torch.equal(loaded.down, original.down)
     assert torch.equal(loaded.up, original.up)
-    for name in ("depth", "dim", "steps", "rank", "compressor", "trained_scale", "dropout", "metadata"):
+    names = ("depth", "dim", "steps", "rank", "compressor", "trained_scale", "dropout", "metadata")
+    for name in (*names, "projections", "step", "max_degree"):
         assert getattr(loaded, name) == getattr(original, name), name
     assert not loaded.training
+
+
+def test_a_file_of_an_earlier_version_updates_q_and_v_in_steps_of_one_degree(tmp_path):
+    original = Compensator(1, 4, 3)
+    original.save(tmp_path / "p")
+    tensors, metadata = load_tensors(tmp_path / "p")
+    save_tensors(tmp_path / "q", tensors, {k: v for k, v in metadata.items() if k not in ("projections", "step")})
+    loaded = Compensator.load(tmp_path / "q")
+    assert (loaded.projections, loaded.step, loaded.steps, loaded.max_degree) == (("q", "v"), 1, 3, 3)
+    assert torch.equal(loaded.down, original.down)
+    assert loaded.metadata == {}
 
 
 def test_the_same_parameters_give_the_same_bytes(tmp_path, make_compensator):
@@ -449,6 +677,12 @@ def test_an_imported_compensator_can_be_saved_and_used(tmp_path, make_vit, image
     assert not torch.allclose(vit.attach(Compensator.load(tmp_path / "p.safetensors"))(images), plain)
 
 
+@pytest.mark.parametrize("settings", [{"projections": ("v",)}, {"step": 2}], ids=str)
+def test_what_the_public_layout_cannot_say_is_not_written_in_it(make_compensator, settings):
+    with pytest.raises(TocomError, match="q and v in steps of 1 degree only; .* save it with save"):
+        make_compensator(dim=4, **settings).to_public()
+
+
 def without(state, part):
     return {name: value for name, value in state.items() if part not in name}
 
@@ -469,6 +703,7 @@ def changed(state, part, change):
         (lambda state: changed(state, "tocom", lambda value: value[0]), "unequal shapes"),
         (lambda state: changed(state, "0.attn.v_tocom.adapter_up", lambda value: None), "lacks .*v_tocom.adapter_up"),
         (lambda state: torch.zeros(3), "holds a Tensor"),
+        (lambda state: state | {"blocks.0.attn.k_tocom.adapter_up.weight": torch.zeros(6, 8)}, "updates k too"),
     ],
 )
 def test_an_incomplete_public_checkpoint_is_refused(tmp_path, damage, cause):

@@ -65,12 +65,21 @@ def test_names_of_compressors_match_the_registry():
         (changed(compressors=["tomme"]), "did you mean 'tome'?"),
         (changed(seeds=[0, 0]), "seeds lists something twice"),
         (changed(study="a/b"), "cannot name a folder"),
-        (changed(backbones=[{"name": "mine"}]), "needs a checkpoint, or an architecture"),
-        ({key: value for key, value in DEMO.items() if key != "tasks"}, "key 'tasks' is missing"),
+        (changed(backbones=[{"name": "mine"}]), "needs one of checkpoint, timm and architecture"),
+        (changed(backbones=[{"name": "a", "checkpoint": "x", "revision": "y"}]), "revision goes with timm"),
+        ({key: value for key, value in DEMO.items() if key != "tasks"}, "give tasks to classify, or a segmentation"),
+        ({key: value for key, value in DEMO.items() if key != "seeds"} | {"study": 3}, "study = 3"),
+        (changed(tasks=[{"name": "digits", "finetune": {"epoch": 1}}]), "task 'digits': finetune: unknown key 'epoch'"),
+        (changed(tasks=[{"name": "digits", "data": {"trian": 1}}]), "task 'digits': data: unknown key 'trian'"),
+        (changed(tasks=[{"name": "digits", "fine_tuned": "x"}]), "fine_tuned goes with finetune"),
+        (changed(finetune={"tuning": {"mode": "none"}}), "were trained at one degree"),
+        (changed(compensators={"low": {"ranks": 1}}), "compensator 'low': unknown key 'ranks' (did you mean 'rank'?)"),
+        (changed(compensators={}), "compensators"),
+        (changed(resources={"distil": {"mem_mb": 1, "runtime": 1, "gpus": 1}}), "did you mean 'gpu'?"),
+        (changed(compressors=["tome_mlp"], max_degree=17), "tome_mlp goes up to 16"),
         (changed(finetune={"lr": -1}), "finetune.lr = -1"),
         (changed(evaluate={"scales": [0.5, 1]}), "0 must be among the scales"),
         (changed(train_degrees=[0], infer_degrees=[0]), "no gap to close"),
-        (changed(backbones=[{"name": "a", "checkpoint": "a.st", "image_size": 224}]), "use folders of images"),
         (
             changed(backbones=[{"name": "a", "checkpoint": "x"}, {"name": "b", "checkpoint": "y", "image_size": 64}]),
             "images of different sizes",
@@ -124,3 +133,45 @@ def test_a_wrong_setting_is_refused_in_one_line(pair):
 def test_learning_rate_scales_with_the_batch_only_if_asked():
     assert FinetuneSettings(lr=1e-3, batch_size=64).peak_lr == 1e-3
     assert FinetuneSettings(lr=1e-3, batch_size=64, lr_batch=512).peak_lr == pytest.approx(1.25e-4)
+
+
+def test_a_task_changes_sections_key_by_key():
+    study = parse_study(
+        changed(
+            tasks=["digits", {"name": "mnist5k", "finetune": {"lr": 1e-4, "tuning": {"mode": "lora"}}}],
+            finetune={"epochs": 7, "tuning": {"lora_rank": 3}},
+        )
+    )
+    assert study.finetune_for("digits") == study.finetune
+    mine = study.finetune_for("mnist5k")
+    assert (mine.lr, mine.epochs, mine.tuning.mode, mine.tuning.lora_rank) == (1e-4, 7, "lora", 3)
+
+
+def test_variants_that_differ_in_scales_alone_share_a_compensator():
+    study = parse_study(changed(compensators={"tocom": {}, "half": {"scales": [0.5]}, "low": {"rank": 1}}))
+    assert [study.distilled_as(name) for name in study.variants] == ["tocom", "tocom", "low"]
+    assert study.scales_options() == "--scales half=0.5"
+    assert study.distil_for("low").rank == 1
+    assert study.distil_for("low").epochs == study.distil.epochs
+
+
+@pytest.mark.parametrize(
+    ("wanted", "start", "gpus"),
+    [
+        ({}, "tocom", 1),
+        ({"processes": 4}, "torchrun --standalone --nproc-per-node 4 -m tocom.cli", 4),
+        ({"processes": 4, "nodes": 2}, "srun --ntasks-per-node=1 torchrun --nnodes 2", 4),
+        ({"gpu": 0}, "tocom", 0),
+    ],
+)
+def test_a_stage_is_started_by_as_many_processes_as_it_asks_for(wanted, start, gpus):
+    study = parse_study(changed(resources={"distil": {"mem_mb": 1000, "runtime": 10} | wanted}))
+    assert study.launcher("distil").startswith(start)
+    assert study.gpus("distil", "cuda") == gpus
+    assert study.gpus("distil", "cpu") == 0
+
+
+def test_images_of_timm_models_are_listed_and_those_augmented_in_memory_are_decoded():
+    assert "--no-decode-train" not in parse_study(DEMO).prepare_options("digits")
+    study = parse_study(changed(finetune={"augmentation": "timm"}))
+    assert "--no-decode-train" in study.prepare_options("digits")

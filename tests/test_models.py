@@ -1,13 +1,39 @@
 """Backbones by name, and checkpoints that come back as they were saved."""
 
+import argparse
+import hashlib
+import http.server
+import re
+import threading
+import types
+from pathlib import Path
+
+import huggingface_hub
+import numpy
 import pytest
+import safetensors.torch
 import timm
 import torch
+import yaml
 
+from tests.conftest import randomise
 from tocom.bundled import BUNDLED
+from tocom.config import read_study
 from tocom.errors import TocomError
 from tocom.files import load_tensors, save_arrays, save_tensors, sha256
-from tocom.models import compressible, create, load_model, pick_device, save_model
+from tocom.models import (
+    PAPER_BACKBONES,
+    check_classifier,
+    compressible,
+    create,
+    default_proportional_attention,
+    import_backbone,
+    load_fine_tuned,
+    load_model,
+    pick_device,
+    save_model,
+)
+from tocom.tuning import TuningSettings, apply_tuning
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 5}
 NAMES = ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"]
@@ -193,3 +219,494 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch, device, cause):
     with pytest.raises(TocomError, match=cause) as caught:
         pick_device(device)
     assert "\n" not in str(caught.value)
+
+
+# --- foreign weights ------------------------------------------------------------------------------------------------
+
+NATIVE = {"patch_size": 8, "embed_dim": 24, "depth": 2, "num_heads": 2}
+TINY = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+
+
+def weights_of(architecture=TINY, seed=0, **kwargs):
+    """A small model with random weights that are all different, and its state."""
+    model = randomise(create(architecture, NATIVE | {"img_size": 32, "num_classes": 5} | kwargs), seed).eval()
+    return model, model.state_dict()
+
+
+def bring(tmp_path, weights, architecture=TINY, **settings):
+    """Import weights for the small architecture; return model and metadata as loaded from the result."""
+    settings = {"image_size": 32, "kwargs": NATIVE} | settings
+    stored = import_backbone(tmp_path / "b.safetensors", architecture, weights=weights, **settings)
+    model, meta = load_model(tmp_path / "b.safetensors")
+    assert stored.items() <= meta.items()
+    return model, meta
+
+
+def refused(tmp_path, weights, architecture=TINY, **settings):
+    """Return the one line with which an import is refused; check that nothing is left behind."""
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(TocomError) as caught:
+        bring(tmp_path, weights, architecture, **settings)
+    assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.iterdir()) == before
+    return str(caught.value)
+
+
+def save_as(kind, state, path):
+    """Write a state in one of the layouts that people share; return the file."""
+    layouts = {
+        "plain.pth": state,
+        "deit.pth": {"model": state, "args": argparse.Namespace(lr=1.0), "epoch": 3},
+        "timm.pth.tar": {"state_dict": state, "epoch": 3},
+        "ddp.pt": {f"module.{name}": value for name, value in state.items()},
+        "wrapped.bin": {"state_dict": {f"module.{name}": value for name, value in state.items()}},
+    }
+    path = path / kind
+    if kind.endswith(".safetensors"):
+        safetensors.torch.save_file(state, path)
+    else:
+        torch.save(layouts[kind], path)
+    return path
+
+
+@pytest.mark.parametrize(
+    "kind", ["plain.pth", "deit.pth", "timm.pth.tar", "ddp.pt", "wrapped.bin", "plain.safetensors"]
+)
+@torch.no_grad()
+def test_a_local_file_gives_the_model_it_was_saved_from(tmp_path, kind):
+    model, state = weights_of()
+    path = save_as(kind, state, tmp_path)
+    loaded, meta = bring(tmp_path, path)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(images), model(images))
+    assert (meta["architecture"], meta["weights"], meta["weights_sha256"]) == (TINY, kind, sha256(path))
+    assert meta["kwargs"] == NATIVE | {"img_size": 32, "num_classes": 5, "global_pool": "token"}
+    assert meta["proportional_attention"] is True
+    assert meta["revision"] is None
+
+
+@torch.no_grad()
+def test_averaged_weights_are_taken_only_if_asked_for(tmp_path):
+    model, state = weights_of(seed=1)
+    average, averaged = weights_of(seed=2)
+    torch.save({"model": state, "model_ema": averaged}, tmp_path / "w.pth")
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(bring(tmp_path, tmp_path / "w.pth")[0](images), model(images))
+    assert torch.equal(bring(tmp_path, tmp_path / "w.pth", ema=True)[0](images), average(images))
+
+
+def test_a_distilled_deit_keeps_both_of_its_heads(tmp_path):
+    name = "deit_tiny_distilled_patch16_224.fb_in1k"
+    model, state = weights_of(name)
+    loaded, meta = bring(tmp_path, save_as("plain.pth", state, tmp_path), name)
+    assert torch.equal(loaded.head_dist.weight, model.head_dist.weight)
+    assert meta["kwargs"]["num_classes"] == 5
+
+
+def test_a_name_without_a_tag_is_stored_with_the_default_one(tmp_path):
+    _, meta = bring(tmp_path, save_as("plain.pth", weights_of()[1], tmp_path), "vit_tiny_patch16_224")
+    assert meta["architecture"] == TINY
+
+
+def test_the_tag_decides_how_images_are_normalised(tmp_path):
+    path = save_as("plain.pth", weights_of()[1], tmp_path)
+    assert bring(tmp_path, path)[0].pretrained_cfg["mean"] == (0.5, 0.5, 0.5)
+    loaded, _ = bring(tmp_path, path, "deit_tiny_patch16_224.fb_in1k")
+    assert loaded.pretrained_cfg["mean"] == (0.485, 0.456, 0.406)
+
+
+def test_one_s_own_mean_and_std_come_back_with_the_checkpoint(tmp_path):
+    path = save_as("plain.pth", weights_of()[1], tmp_path)
+    own = {"mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 1.0]}
+    loaded, meta = bring(tmp_path, path, kwargs=NATIVE | {"pretrained_cfg_overlay": own})
+    assert list(loaded.pretrained_cfg["mean"]) == [0.1, 0.2, 0.3]
+    assert meta["kwargs"]["pretrained_cfg_overlay"] == own
+
+
+# --- classifiers
+
+
+def test_a_file_without_a_classifier_gives_a_model_without_one(tmp_path):
+    _, state = weights_of(num_classes=0)
+    loaded, meta = bring(tmp_path, save_as("plain.pth", state, tmp_path))
+    assert (loaded.num_classes, meta["kwargs"]["num_classes"]) == (0, 0)
+    with pytest.raises(TocomError, match="has no classifier, so there are no logits to distil; import weights with"):
+        check_classifier(loaded, "b.safetensors")
+    check_classifier(weights_of()[0], "b.safetensors")
+
+
+def test_a_classifier_can_be_dropped(tmp_path):
+    model, state = weights_of()
+    loaded, meta = bring(tmp_path, save_as("plain.pth", state, tmp_path), num_classes=0)
+    images = torch.randn(1, 3, 32, 32)
+    assert meta["kwargs"]["num_classes"] == 0
+    assert torch.equal(loaded(images), model.forward_head(model.forward_features(images), pre_logits=True))
+
+
+def test_a_classifier_that_the_file_lacks_is_not_made_up(tmp_path):
+    path = save_as("plain.pth", weights_of()[1], tmp_path)
+    assert "has a classifier for 5 classes, not one for 7; leave num_classes out" in refused(
+        tmp_path, path, num_classes=7
+    )
+    path = save_as("plain.pth", weights_of(num_classes=0)[1], tmp_path)
+    assert "has no classifier, not one for 7" in refused(tmp_path, path, num_classes=7)
+
+
+def test_mae_s_fine_tuned_layout_fits_with_average_pooling(tmp_path):
+    """The published file has fc_norm, no norm, and the tag's weights have no classifier."""
+    name = "vit_base_patch16_224.mae"
+    model, state = weights_of(name, global_pool="avg")
+    assert "fc_norm.weight" in state
+    assert "norm.weight" not in state
+    torch.save({"model": state}, tmp_path / "mae_finetuned.pth")
+    kwargs = NATIVE | {"global_pool": "avg"}
+    loaded, meta = bring(tmp_path, tmp_path / "mae_finetuned.pth", name, kwargs=kwargs)
+    images = torch.randn(1, 3, 32, 32)
+    assert torch.equal(loaded(images), model(images))
+    assert meta["kwargs"]["num_classes"] == 5
+    assert meta["proportional_attention"] is False
+
+
+# --- input size
+
+
+def resampled(embedding, prefix, old, new):
+    """Resample a position embedding [1, prefix + old * old, D] as ViTs do: the prefix stays, the grid is bicubic."""
+    grid = embedding[:, prefix:].reshape(1, old, old, -1).permute(0, 3, 1, 2)
+    grid = torch.nn.functional.interpolate(grid, (new, new), mode="bicubic", antialias=True, align_corners=False)
+    return torch.cat([embedding[:, :prefix], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix"), [(TINY, 1), ("deit_tiny_distilled_patch16_224.fb_in1k", 2)], ids=["vit", "distilled"]
+)
+@pytest.mark.parametrize("size", [48, 24])
+@torch.no_grad()
+def test_position_embeddings_are_resampled_for_another_input_size(tmp_path, name, prefix, size):
+    model, state = weights_of(name)
+    path = save_as("plain.pth", state, tmp_path)
+    loaded, meta = bring(tmp_path, path, name, image_size=size)
+    expected = resampled(model.pos_embed, prefix, 4, size // 8)
+    assert loaded.pos_embed.shape == (1, prefix + (size // 8) ** 2, 24)
+    torch.testing.assert_close(loaded.pos_embed, expected)
+    assert torch.equal(loaded.blocks[1].attn.qkv.weight, model.blocks[1].attn.qkv.weight)
+    assert loaded(torch.zeros(1, 3, size, size)).shape == (1, 5)
+    assert meta["kwargs"]["img_size"] == size
+
+
+def test_a_size_that_the_patches_do_not_tile_is_refused(tmp_path):
+    path = save_as("plain.pth", weights_of()[1], tmp_path)
+    assert "image size 36 is no multiple of the 8-pixel patches; use 32" in refused(tmp_path, path, image_size=36)
+    assert "230 is no multiple of the 16-pixel patches; use 224" in refused(tmp_path, path, image_size=230, kwargs=None)
+
+
+def test_a_file_of_numpy_arrays_is_read_by_timm(tmp_path):
+    """AugReg's own layout (google-research/vision_transformer): kernels [in, out], heads apart."""
+    model, state = weights_of()
+    numpy.savez(tmp_path / "a.npz", **augreg_layout(state, heads=2))
+    loaded, meta = bring(tmp_path, tmp_path / "a.npz")
+    for name, value in loaded.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    assert meta["kwargs"]["num_classes"] == 5
+    larger, _ = bring(tmp_path, tmp_path / "a.npz", image_size=48)
+    assert larger.pos_embed.shape == (1, 1 + 36, 24)
+    assert bring(tmp_path, tmp_path / "a.npz", num_classes=0)[1]["kwargs"]["num_classes"] == 0
+
+
+def augreg_layout(state, heads):
+    """Rename and transpose a timm state into the names and axes of the JAX code."""
+    dim = state["cls_token"].shape[-1]
+    arrays = {
+        "embedding/kernel": state["patch_embed.proj.weight"].permute(2, 3, 1, 0),
+        "embedding/bias": state["patch_embed.proj.bias"],
+        "cls": state["cls_token"],
+        "Transformer/posembed_input/pos_embedding": state["pos_embed"],
+        "Transformer/encoder_norm/scale": state["norm.weight"],
+        "Transformer/encoder_norm/bias": state["norm.bias"],
+        "head/kernel": state["head.weight"].T,
+        "head/bias": state["head.bias"],
+    }
+    for block in range(2):
+        here, there = f"blocks.{block}.", f"Transformer/encoderblock_{block}/"
+        attention = f"{there}MultiHeadDotProductAttention_1/"
+        for part, weight, bias in zip(
+            ("query", "key", "value"),
+            state[f"{here}attn.qkv.weight"].chunk(3),
+            state[f"{here}attn.qkv.bias"].chunk(3),
+            strict=True,
+        ):
+            arrays[f"{attention}{part}/kernel"] = weight.T.reshape(dim, heads, -1)
+            arrays[f"{attention}{part}/bias"] = bias.reshape(heads, -1)
+        arrays[f"{attention}out/kernel"] = state[f"{here}attn.proj.weight"].T.reshape(heads, -1, dim)
+        arrays[f"{attention}out/bias"] = state[f"{here}attn.proj.bias"]
+        for number, layer in ((0, "norm1"), (2, "norm2")):
+            arrays[f"{there}LayerNorm_{number}/scale"] = state[f"{here}{layer}.weight"]
+            arrays[f"{there}LayerNorm_{number}/bias"] = state[f"{here}{layer}.bias"]
+        for number in (0, 1):
+            arrays[f"{there}MlpBlock_3/Dense_{number}/kernel"] = state[f"{here}mlp.fc{number + 1}.weight"].T
+            arrays[f"{there}MlpBlock_3/Dense_{number}/bias"] = state[f"{here}mlp.fc{number + 1}.bias"]
+    return {name: value.numpy() for name, value in arrays.items()}
+
+
+# --- refusals
+
+
+def test_missing_and_unexpected_weights_are_named(tmp_path):
+    _, state = weights_of()
+    lacking = {name: value for name, value in state.items() if name != "blocks.1.norm2.bias"}
+    message = refused(tmp_path, save_as("plain.pth", lacking, tmp_path))
+    assert 'Missing key(s) in state_dict: "blocks.1.norm2.bias"; check the architecture and its kwargs' in message
+    message = refused(tmp_path, save_as("plain.pth", state | {"decoder.weight": torch.ones(1)}, tmp_path))
+    assert 'Unexpected key(s) in state_dict: "decoder.weight"' in message
+    arrays = augreg_layout(state, heads=2)
+    del arrays["Transformer/encoder_norm/scale"]
+    numpy.savez(tmp_path / "a.npz", **arrays)
+    assert "it lacks 'Transformer/encoder_norm/scale" in refused(tmp_path, tmp_path / "a.npz")
+
+
+def test_weights_of_another_width_are_refused_shortly(tmp_path):
+    message = refused(tmp_path, save_as("plain.pth", weights_of()[1], tmp_path), kwargs=NATIVE | {"embed_dim": 48})
+    assert "size mismatch for" in message
+    assert message.endswith("more; check the architecture and its kwargs")
+    assert len(message) < 800
+
+
+class Harmful:
+    """What a pickle that runs code looks like."""
+
+    def __reduce__(self):
+        return print, ("this code ran",)
+
+
+def test_a_file_that_holds_code_is_refused_and_does_not_run_it(tmp_path, capsys):
+    torch.save({"model": Harmful()}, tmp_path / "bad.pth")
+    assert "cannot be read as tensors alone and is refused" in refused(tmp_path, tmp_path / "bad.pth")
+    numpy.savez(tmp_path / "bad.npz", **{"head/bias": numpy.array([Harmful()], dtype=object)})
+    assert "cannot be read as arrays alone and is refused" in refused(tmp_path, tmp_path / "bad.npz")
+    assert "this code ran" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "cause"),
+    [({"epoch": 3}, "'epoch' is no tensor"), ({}, "it is empty"), ([1, 2], "cannot be read as tensors alone")],
+)
+def test_a_file_without_weights_is_refused(tmp_path, content, cause):
+    torch.save(content, tmp_path / "w.pth")
+    assert cause in refused(tmp_path, tmp_path / "w.pth")
+
+
+def test_a_corrupt_or_missing_file_is_refused(tmp_path):
+    for name in ("w.safetensors", "w.pth", "w.npz"):
+        (tmp_path / name).write_bytes(b"not weights at all")
+        assert "is refused" in refused(tmp_path, tmp_path / name)
+    assert "no such file" in refused(tmp_path, tmp_path / "none.pth")
+
+
+def test_a_file_with_another_hash_is_refused(tmp_path):
+    path = save_as("plain.pth", weights_of()[1], tmp_path)
+    assert f"has SHA-256 {sha256(path)}, not 00" in refused(tmp_path, path, sha256="00")
+    assert bring(tmp_path, path, sha256=sha256(path).upper())[1]["weights_sha256"] == sha256(path)
+
+
+def test_wrong_names_and_arguments_are_refused(tmp_path):
+    path = save_as("plain.pth", weights_of()[1], tmp_path)
+    assert "timm has no model 'vit_tinny_patch16_224'" in refused(tmp_path, path, "vit_tinny_patch16_224")
+    message = refused(tmp_path, path, "deit_base_patch16_224.fb_in1kk")
+    assert (
+        "no weights 'fb_in1kk' for 'deit_base_patch16_224' (did you mean 'deit_base_patch16_224.fb_in1k'?)" in message
+    )
+    assert "give either weights or revision" in refused(tmp_path, path, revision="main")
+    assert "'colour'" in refused(tmp_path, path, kwargs=NATIVE | {"colour": 1})
+
+
+def test_a_model_that_cannot_be_compressed_is_refused_at_once(tmp_path):
+    _, state = weights_of(patch_drop_rate=0.5)
+    path = save_as("plain.pth", state, tmp_path)
+    assert "patch dropout" in refused(tmp_path, path, kwargs=NATIVE | {"patch_drop_rate": 0.5})
+
+
+# --- the Hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A server that answers as the Hub does, with the files put into its ``files``: (revision, name) -> path."""
+    commits, files, asked = {"main": "a" * 40, "b" * 40: "b" * 40}, {}, []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.answer()
+
+        def do_GET(self):
+            self.answer()
+
+        def answer(self):
+            owner, repository, _, revision, name = self.path.lstrip("/").split("/")
+            asked.append((self.command, f"{owner}/{repository}", revision, name))
+            commit = commits.get(revision)
+            content = files[commit, name].read_bytes() if (commit, name) in files else None
+            self.send_response(200 if content is not None else 404)
+            if commit is None:
+                self.send_header("X-Error-Code", "RevisionNotFound")
+            elif content is None:
+                self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("X-Repo-Commit", commit or "")
+            self.send_header("ETag", '"' + hashlib.sha256(content or b"").hexdigest() + '"')
+            self.send_header("Content-Length", str(len(content or b"")))
+            self.end_headers()
+            if self.command == "GET" and content is not None:
+                self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    yield types.SimpleNamespace(files=files, asked=asked)
+    server.shutdown()
+    server.server_close()
+
+
+@torch.no_grad()
+def test_published_weights_come_from_the_hub_at_the_pinned_revision(tmp_path, hub):
+    old, new = weights_of(seed=1), weights_of(seed=2)
+    (tmp_path / "hub").mkdir()
+    for commit, (_, state) in (("b" * 40, old), ("a" * 40, new)):
+        safetensors.torch.save_file(state, tmp_path / "hub" / commit)
+        hub.files[commit, "model.safetensors"] = tmp_path / "hub" / commit
+    images = torch.randn(1, 3, 32, 32)
+    loaded, meta = bring(tmp_path, None, revision="b" * 40)
+    assert torch.equal(loaded(images), old[0](images))
+    assert (meta["revision"], meta["weights"]) == ("b" * 40, "model.safetensors")
+    assert meta["weights_sha256"] == sha256(tmp_path / "hub" / ("b" * 40))
+    loaded, meta = bring(tmp_path, None)
+    assert torch.equal(loaded(images), new[0](images))
+    assert meta["revision"] == "a" * 40  # the commit that "main" was, not the word
+    assert {repository for _, repository, _, _ in hub.asked} == {f"timm/{TINY}"}
+
+
+def test_a_repository_without_safetensors_gives_its_other_file(tmp_path, hub):
+    _, state = weights_of()
+    torch.save(state, tmp_path / "w.bin")
+    hub.files["a" * 40, "pytorch_model.bin"] = tmp_path / "w.bin"
+    loaded, meta = bring(tmp_path, None)
+    assert torch.equal(loaded.norm.weight, state["norm.weight"])
+    assert meta["weights"] == "pytorch_model.bin"
+
+
+def test_what_the_hub_does_not_have_is_refused_on_one_line(tmp_path, hub):
+    (tmp_path / "cache").mkdir()
+    for revision in ("c" * 40, None):
+        with pytest.raises(TocomError, match="cannot be fetched from the Hub .*; check the network and") as caught:
+            bring(tmp_path, None, revision=revision)
+        assert "\n" not in str(caught.value)
+        assert f"timm/{TINY} (revision {revision or 'main'})" in str(caught.value)
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+# --- off the shelf
+
+
+@pytest.fixture
+def backbone(tmp_path):
+    """The checkpoint of a backbone that was imported without proportional attention."""
+    path = save_as("plain.pth", weights_of(seed=3)[1], tmp_path)
+    bring(tmp_path, path, proportional_attention=False)
+    return tmp_path / "b.safetensors"
+
+
+@torch.no_grad()
+def test_a_model_fine_tuned_elsewhere_is_taken_as_it_is(tmp_path, backbone):
+    tuned, state = weights_of(seed=4, num_classes=7)
+    path = save_as("deit.pth", state, tmp_path)
+    loaded, meta = load_fine_tuned(path, backbone, 7)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(images), tuned(images))
+    reference = load_model(backbone)[1]
+    assert (meta["sha256"], meta["proportional_attention"]) == (reference["sha256"], False)
+    assert meta["kwargs"] == reference["kwargs"] | {"num_classes": 7}
+    assert meta["fine_tuned"] == {"file": "deit.pth", "sha256": sha256(path)}
+
+
+@torch.no_grad()
+def test_a_fine_tuned_checkpoint_of_this_project_is_taken_with_its_adapters(tmp_path, backbone):
+    tuned, _ = load_model(backbone, num_classes=3)
+    apply_tuning(tuned, TuningSettings(mode="adaptformer", adapter_width=4))
+    randomise(tuned, seed=5)
+    _, about = load_model(backbone)
+    save_model(tmp_path / "t.safetensors", tuned, about["architecture"], about["kwargs"] | {"num_classes": 3})
+    loaded, meta = load_fine_tuned(tmp_path / "t.safetensors", backbone, 3)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(images), tuned.eval()(images))
+    assert meta["tuning"]["adapter_width"] == 4
+    assert meta["sha256"] == about["sha256"]
+    save_model(tmp_path / "again.safetensors", loaded, meta["architecture"], meta["kwargs"], task="pets")
+    assert torch.equal(load_model(tmp_path / "again.safetensors")[0](images), loaded(images))
+
+
+def test_adapters_of_the_backbone_are_not_claimed_for_a_model_without_them(tmp_path):
+    tuned, state = weights_of(seed=4)
+    adapted = apply_tuning(weights_of(seed=3)[0], TuningSettings(mode="adaptformer"))
+    save_model(tmp_path / "a.safetensors", adapted, TINY, NATIVE | {"img_size": 32, "num_classes": 5})
+    loaded, meta = load_fine_tuned(save_as("plain.pth", state, tmp_path), tmp_path / "a.safetensors")
+    assert "tuning" not in meta
+    assert loaded.state_dict().keys() == tuned.state_dict().keys()
+
+
+def test_a_fine_tuned_model_that_does_not_fit_is_refused(tmp_path, backbone):
+    path = save_as("plain.pth", weights_of(seed=4, num_classes=7)[1], tmp_path)
+    with pytest.raises(TocomError, match="a classifier for 7 classes, the task has 9"):
+        load_fine_tuned(path, backbone, 9)
+    other = create(TINY, NATIVE | {"img_size": 32, "depth": 3})
+    save_model(tmp_path / "o.safetensors", other, TINY, NATIVE | {"img_size": 32, "depth": 3})
+    with pytest.raises(TocomError, match="is no fine-tuned .*name the backbone that it was fine-tuned from") as caught:
+        load_fine_tuned(tmp_path / "o.safetensors", backbone)
+    assert "\n" not in str(caught.value)
+
+
+# --- the paper's backbones
+
+
+@pytest.mark.parametrize("backbone", PAPER_BACKBONES.values(), ids=PAPER_BACKBONES)
+def test_timm_has_the_paper_s_backbones_and_their_weights(backbone):
+    cfg = timm.models.get_pretrained_cfg(backbone.architecture)
+    assert cfg.hf_hub_id == f"timm/{backbone.architecture}"
+    assert cfg.input_size == (3, 224, 224)
+    assert re.fullmatch("[0-9a-f]{40}", backbone.revision)
+    assert (cfg.num_classes == 1000) == ("no classifier" not in backbone.note)
+    assert default_proportional_attention(backbone.architecture) == backbone.proportional_attention
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("vit_large_patch16_224.mae", False), ("deit_base_patch16_224", True), ("vit_base_patch16_224.dino", True)],
+)
+def test_proportional_attention_is_off_for_mae_only(name, expected):
+    assert default_proportional_attention(name) is expected
+
+
+# --- the page on own models
+
+PAGE = Path(__file__).parent.parent / "docs" / "own_model.md"
+CONFIGS = re.findall(r"```yaml\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("text", CONFIGS, ids=[yaml.safe_load(text)["study"] for text in CONFIGS])
+def test_the_page_s_configs_are_valid(text, tmp_path):
+    (tmp_path / "mine.yaml").write_text(text)
+    study = read_study(tmp_path / "mine.yaml")
+    for backbone in study.backbones:
+        assert timm.is_model(backbone.timm.split(".")[0])
+        assert backbone.image_size % backbone.patch_size == 0
+
+
+def test_the_page_s_table_is_that_of_the_code():
+    rows = re.findall(r"\| `(\S+)` \| `([0-9a-f]{40})` \| (on|off) \|", PAGE.read_text(encoding="utf-8"))
+    code = PAPER_BACKBONES.values()
+    assert rows == [(b.architecture, b.revision, "on" if b.proportional_attention else "off") for b in code]

@@ -9,9 +9,12 @@ from typing import Annotated, Optional
 
 import typer
 
+from tocom.cli_data import data
+from tocom.cli_segment import app as segment
 from tocom.errors import TocomError
-from tocom.settings import RANDOM
-from tocom.timing import timed
+from tocom.plan import plan_command
+from tocom.settings import RANDOM, TOCOM
+from tocom.timing import is_main, timed
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,6 +26,9 @@ app = typer.Typer(
 )
 analyse = typer.Typer(no_args_is_help=True, help="From predictions to cells, statistics, tables and figures.")
 app.add_typer(analyse, name="analyse")
+app.add_typer(data, name="data")
+app.add_typer(segment, name="segment")
+app.command("plan")(plan_command)
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="File to write, whole or not at all.")]
 Sets = Annotated[
@@ -38,25 +44,87 @@ Columns = Annotated[
 ]
 CellsArgument = Annotated[Path, typer.Argument(help="A study's cells.csv.")]
 FolderArgument = Annotated[Path, typer.Argument(help="A study's folder, such as results/demo.")]
-CompressorOption = Annotated[str, typer.Option(help="tome, evit or evit_fuse.")]
+CompressorOption = Annotated[str, typer.Option(help="tome, evit, evit_fuse or tome_mlp.")]
+DataRoot = Annotated[Path, typer.Option(help="Folder of the data sets that `tocom data fetch` downloads.")]
+MainOption = Annotated[
+    Optional[str], typer.Option("--main", help="Variant of ToCom to show; by default the first in cells.csv.")
+]
+Groups = Annotated[
+    Optional[list[str]],
+    typer.Option("--group", metavar="TASK=GROUP", help="Group of a task that is in no registry. Repeatable."),
+]
 
 
 @app.command()
 def prepare(
-    task: Annotated[str, typer.Argument(help="A name from `tocom tasks`, or your own with --folder.")],
+    task: Annotated[str, typer.Argument(help="A name from `tocom tasks` or `tocom data list`, or your own.")],
     output: Output,
-    train: Annotated[int, typer.Option(help="Training images.")] = 800,
-    val: Annotated[int, typer.Option(help="Validation images: the epoch and the scale are chosen on them.")] = 200,
-    test: Annotated[int, typer.Option(help="Test images, or as many as there are.")] = 2000,
-    folder: Annotated[Optional[Path], typer.Option(help="Your images: FOLDER/{train,val,test}/CLASS/*.")] = None,
-    image_size: Annotated[int, typer.Option(help="Side in pixels that images of a folder are scaled to.")] = 32,
+    train: Annotated[
+        Optional[int], typer.Option(help="Training images; by default 800 of a bundled task, else all.")
+    ] = None,
+    val: Annotated[
+        Optional[float],
+        typer.Option(help="Images, or share of the training images, that the epoch and the scale are chosen on."),
+    ] = None,
+    test: Annotated[
+        Optional[int], typer.Option(help="Test images; by default 2,000 of a bundled task, or all.")
+    ] = None,
+    source: Annotated[
+        Optional[str], typer.Option(metavar="JSON", help='Your own images, e.g. {"folder": "data/pets"}; see docs.')
+    ] = None,
+    image_size: Annotated[int, typer.Option(help="Side in pixels that images are scaled to.")] = 32,
+    resize: Annotated[str, typer.Option(help="crop or squash.")] = "crop",
+    decode_train: Annotated[
+        bool, typer.Option(help="Decode training images, too; augmentation by timm starts from the files instead.")
+    ] = True,
+    data_root: DataRoot = Path("data"),
 ) -> None:
     """Decode a task once and write its splits."""
     from tocom.data import registry
 
+    if resize not in ("crop", "squash"):
+        raise TocomError(f"--resize {resize!r}: write crop or squash")
+    sizes = {"train": train, "val": val if val is None or val < 1 else int(val), "test": test}
+    own = None if source is None else _source(source)
     with timed("data"):
-        about = registry.prepare(task, output, {"train": train, "val": val, "test": test}, folder, image_size)
+        about = registry.prepare(task, output, sizes, image_size, own, data_root, decode_train, resize)
     _say(f"{task}: {about['classes']} classes, {about['sizes']}")
+
+
+@app.command()
+def backbone(
+    architecture: Annotated[
+        str, typer.Argument(help="A timm ViT with its tag, such as deit_base_patch16_224.fb_in1k.")
+    ],
+    output: Output,
+    weights: Annotated[
+        Optional[Path], typer.Option(help="File with its weights; by default timm's, downloaded.")
+    ] = None,
+    revision: Annotated[Optional[str], typer.Option(help="Commit of the weights on the Hub.")] = None,
+    sha256: Annotated[Optional[str], typer.Option(help="What the file of weights must hash to.")] = None,
+    image_size: Annotated[Optional[int], typer.Option(help="Side in pixels; position embeddings are resized.")] = None,
+    num_classes: Annotated[Optional[int], typer.Option(help="Classes of the weights' classifier.")] = None,
+    kwargs: Annotated[str, typer.Option(help="JSON: overrides of timm's arguments.")] = "{}",
+    proportional_attention: Annotated[
+        Optional[bool], typer.Option(help="Add log(token size) to attention; by default unless it is an MAE model.")
+    ] = None,
+) -> None:
+    """Turn a timm model with its public weights, or with yours, into a backbone of this project."""
+    from tocom.models import import_backbone
+
+    with timed("data"):
+        about = import_backbone(
+            output,
+            architecture,
+            weights=weights,
+            revision=revision,
+            sha256=sha256,
+            image_size=image_size,
+            num_classes=num_classes,
+            kwargs=_json(kwargs, "--kwargs"),
+            proportional_attention=proportional_attention,
+        )
+    _say(f"{output}: {about['architecture']}")
 
 
 @app.command()
@@ -85,25 +153,28 @@ def finetune(
     output: Annotated[
         str, typer.Option("--output", "-o", help="Checkpoint to write; {degree} and {seed} are filled in.")
     ],
-    run: Annotated[
+    at: Annotated[
         list[str], typer.Option(metavar="DEGREE:SEED", help="What to train, e.g. 8:0 or random:1. Repeatable.")
     ],
     compressor: CompressorOption = "tome",
     max_degree: Annotated[Optional[int], typer.Option(help="How far 'random' draws.")] = None,
+    fine_tuned: Annotated[
+        Optional[Path], typer.Option(help='A fine-tuned model to use as it is (--set tuning=\'{"mode": "none"}\').')
+    ] = None,
     sets: Sets = None,
 ) -> None:
-    """Fine-tune a backbone for a task, at one or more train degrees and seeds."""
+    """Fine-tune a backbone for a task, at one or more train degrees and seeds; under torchrun, on several processes."""
     from tocom.settings import FinetuneSettings, parse
     from tocom.stages.finetune import finetune as stage
     from tocom.training import forget
 
     settings = parse(FinetuneSettings, sets or [])
-    runs = [_run(text) for text in run]
+    runs = [_run(text) for text in at]
     _check_template(output, runs)
     with timed("finetune", settings.threads):
         for degree, seed in runs:
             path = output.format(degree=degree, seed=seed)
-            about = stage(backbone, data, path, degree, seed, compressor, max_degree, settings, keep_state=True)
+            about = stage(backbone, data, path, degree, seed, compressor, max_degree, settings, True, fine_tuned)
             _say(f"{path}: best epoch {about['best_epoch']}, validation accuracy {about['val_accuracy']:.3f}")
         for degree, seed in runs:
             forget(output.format(degree=degree, seed=seed))
@@ -116,16 +187,21 @@ def distil(
     max_degree: Annotated[int, typer.Option(help="Highest degree; one low-rank update for each step up to it.")],
     compressor: CompressorOption = "tome",
     seed: int = 0,
-    images: Annotated[Optional[Path], typer.Option(help="Folder of pre-training images; by default, letters.")] = None,
+    images: Annotated[
+        Optional[str], typer.Option(help="Pre-training images: a folder, or a data set; by default, letters.")
+    ] = None,
+    data_root: DataRoot = Path("data"),
     sets: Sets = None,
 ) -> None:
-    """Distil ToCom on a frozen backbone, once for all tasks."""
+    """Distil ToCom on a frozen backbone, once for all tasks; under torchrun, on several processes."""
+    from tocom.data.registry import pretraining_files
     from tocom.settings import DistilSettings, parse
     from tocom.stages.distil import distil as stage
 
     settings = parse(DistilSettings, sets or [])
     with timed("distil", settings.threads):
-        about = stage(backbone, output, max_degree, compressor, seed, settings, images)
+        files = None if images is None else pretraining_files(images, data_root)
+        about = stage(backbone, output, max_degree, compressor, seed, settings, files)
     before, after = about["held_out_kl_without"], about["held_out_kl"]
     _say(f"held-out KL {before:.4f} -> {after:.4f} nats (best epoch {about['best_epoch']})")
 
@@ -134,9 +210,17 @@ def distil(
 def evaluate(
     data: DataArgument,
     checkpoint: Annotated[list[Path], typer.Option(help="A fine-tuned model of this task. Repeatable.")],
-    compensator: Annotated[Path, typer.Option(help="What `tocom distil` or `tocom import` wrote.")],
+    compensator: Annotated[
+        list[str],
+        typer.Option(
+            metavar="[NAME=]FILE", help="What `tocom distil` or `tocom import` wrote; NAME: tocom. Repeatable."
+        ),
+    ],
     output: Annotated[list[Path], typer.Option("--output", "-o", help="Predictions, one file for each checkpoint.")],
     degree: Annotated[list[int], typer.Option(help="Inference degree. Repeatable.")],
+    scales: Annotated[
+        Optional[list[str]], typer.Option(metavar="NAME=A,B", help="Candidate scales of one compensator. Repeatable.")
+    ] = None,
     sets: Sets = None,
 ) -> None:
     """Evaluate every cell (inference degree, with and without ToCom) of some checkpoints of one task."""
@@ -147,7 +231,8 @@ def evaluate(
         raise TocomError(f"{len(checkpoint)} checkpoints but {len(output)} outputs; give --output once for each")
     settings = parse(EvaluateSettings, sets or [])
     with timed("evaluate", settings.threads):
-        stage(checkpoint, data, compensator, output, degree, settings)
+        named = dict(text.split("=", 1) if "=" in text else (TOCOM, text) for text in compensator)
+        stage(checkpoint, data, named, output, degree, settings, _scales(scales))
 
 
 @app.command()
@@ -239,10 +324,10 @@ def models(pattern: Annotated[str, typer.Argument(help="Filter on timm's names, 
 
 @app.command()
 def tasks() -> None:
-    """List the downstream tasks that need no download."""
+    """List the downstream tasks that need no download; `tocom data list` lists the others."""
     from tocom.data.registry import TASKS
 
-    _table(("task", "classes", "kind", "source"), [(n, str(t.classes), t.kind, t.source) for n, t in TASKS.items()])
+    _table(("task", "classes", "group", "source"), [(n, str(t.classes), t.group, t.source) for n, t in TASKS.items()])
 
 
 @app.command()
@@ -331,17 +416,18 @@ def significance(
     predictions: Annotated[Path, typer.Option(help="The study's predictions/ folder.")],
     output: Output,
     resamples: Annotated[int, typer.Option(help="Bootstrap resamples.")] = 2000,
+    group: Groups = None,
 ) -> None:
     """Compare conditions pair by pair: gains, intervals, tests, Holm correction."""
     from tocom.analysis.cells import correctness, prediction_files, read_cells
     from tocom.analysis.significance import compare
-    from tocom.data.registry import kinds_of
+    from tocom.data.registry import groups_of
     from tocom.files import write_text
 
     with timed("analyse"):
         frame = read_cells(cells)
         correct = correctness(prediction_files(predictions, frame))
-        result = compare(correct, kinds_of(frame.task.unique()), resamples)
+        result = compare(correct, groups_of(frame.task.unique(), _columns(group, "--group")), resamples)
         result.insert(0, "study", frame.study.iloc[0])
         write_text(output, result.to_csv(index=False, lineterminator="\n", float_format="%.10g"))
 
@@ -350,24 +436,74 @@ def significance(
 def tables(
     folder: FolderArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the tables.")],
+    main: MainOption = None,
+    group: Groups = None,
 ) -> None:
     """Write every table as Markdown and as LaTeX (booktabs)."""
     from tocom.analysis.report import write_tables
 
     with timed("analyse"):
-        write_tables(folder, output)
+        write_tables(folder, output, main, _columns(group, "--group"))
 
 
 @analyse.command()
 def figures(
     folder: FolderArgument,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the figures.")],
+    main: MainOption = None,
+    group: Groups = None,
 ) -> None:
     """Draw every figure as PNG and as PDF."""
     from tocom.analysis.report import write_figures
 
     with timed("analyse"):
-        write_figures(folder, output)
+        write_figures(folder, output, main, _columns(group, "--group"))
+
+
+@analyse.command("paper-table")
+def paper_table(
+    folder: FolderArgument,
+    config: Annotated[str, typer.Option(metavar="JSON", help="The study's config.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for the table.")],
+    compensator: Annotated[
+        Optional[list[str]], typer.Option(metavar="BACKBONE:COMPRESSOR:VARIANT=FILE", help="Repeatable.")
+    ] = None,
+) -> None:
+    """Write a study's table in the paper's form, the published figures beside ours; what was not run says so."""
+    from tocom.analysis.paper import write_paper
+    from tocom.config import parse_study
+
+    study = parse_study(_json(config, "--config"), "--config")
+    files = {tuple(name.split(":")): Path(path) for name, path in _columns(compensator, "--compensator").items()}
+    with timed("analyse"):
+        groups = study.groups
+        write_paper(study.paper, folder, study.model_dump(), groups, output, study.variants[0], files)
+
+
+@analyse.command()
+def overview(
+    configs: Annotated[list[Path], typer.Argument(help="Configs of studies, run or not.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for overview.{md,tex,html}.")],
+    results: Annotated[Path, typer.Option(help="Folder of the studies' results.")] = Path("results"),
+) -> None:
+    """Write one table of all studies: the published figure, ours, and how much of each study was run."""
+    from tocom.analysis.overview import overview as line
+    from tocom.analysis.overview import write_joint
+    from tocom.config import read_study
+
+    studies = [read_study(path) for path in configs]
+    with timed("analyse"):
+        lines = [
+            line(
+                study.study,
+                "segmentation" if study.segmentation else study.paper or "degrees",
+                results / study.study,
+                study.model_dump(),
+                study.groups,
+            )
+            for study in studies
+        ]
+        write_joint(lines, output)
 
 
 @analyse.command()
@@ -437,7 +573,7 @@ def split(
 def _run(text: str) -> tuple[int | str, int]:
     degree, separator, seed = text.partition(":")
     if not separator or not seed.isdigit() or not (degree.isdigit() or degree == RANDOM):
-        raise TocomError(f"--run {text!r}: write DEGREE:SEED, for example 8:0 or random:1")
+        raise TocomError(f"--at {text!r}: write DEGREE:SEED, for example 8:0 or random:1")
     return (int(degree) if degree.isdigit() else degree), int(seed)
 
 
@@ -450,10 +586,10 @@ def _check_template(output: str, runs: list) -> None:
         raise TocomError(f"--output {output!r} would write several runs to one file; put {{degree}} or {{seed}} in it")
 
 
-def _columns(texts: list[str] | None) -> dict[str, str]:
+def _columns(texts: list[str] | None, option: str = "--column") -> dict[str, str]:
     for text in texts or []:
         if "=" not in text:
-            raise TocomError(f"--column {text!r}: write NAME=VALUE, for example --column study=demo")
+            raise TocomError(f"{option} {text!r}: write NAME=VALUE")
     return dict(text.split("=", 1) for text in texts or [])
 
 
@@ -464,8 +600,29 @@ def _json(text: str, option: str) -> dict:
         raise TocomError(f"{option} {text!r} is not JSON ({error})") from None
 
 
+def _source(text: str):
+    from pydantic import ValidationError
+
+    from tocom.data.own import OwnSource
+    from tocom.settings import explain
+
+    try:
+        return OwnSource.model_validate(_json(text, "--source"))
+    except ValidationError as error:
+        raise explain(error, "--source", {"": OwnSource}) from None
+
+
+def _scales(texts: list[str] | None) -> dict[str, list[float]]:
+    try:
+        pairs = [text.split("=", 1) for text in texts or []]
+        return {name: [float(part) for part in values.split(",")] for name, values in pairs}
+    except ValueError:
+        raise TocomError(f"--scales {texts}: write NAME=A,B, for example --scales half=0.5") from None
+
+
 def _say(text: str) -> None:
-    typer.echo(text, err=True)
+    if is_main():
+        typer.echo(text, err=True)
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

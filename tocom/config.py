@@ -16,11 +16,15 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from tocom.data.glyphs import SIZE as GLYPH_SIZE
-from tocom.data.registry import TASKS
+from tocom.data.catalogue import read_catalogue
+from tocom.data.images import Resize
+from tocom.data.own import OPTIONS, OwnOptions
+from tocom.data.registry import TASKS, groups_of
 from tocom.errors import TocomError, suggest
+from tocom.segmentation.settings import SegmentationSettings, SegmentationSizes, SegmentationTraining
 from tocom.settings import (
     RANDOM,
+    TOCOM,
     DistilSettings,
     EvaluateSettings,
     FinetuneSettings,
@@ -28,58 +32,135 @@ from tocom.settings import (
     PretrainSettings,
     Settings,
     ThroughputSettings,
+    TuningSettings,
     explain,
 )
 
 #: Compressors by name; kept equal to tocom.compress.COMPRESSORS (which imports torch) by a test.
-COMPRESSOR_NAMES = ("tome", "evit", "evit_fuse")
+COMPRESSOR_NAMES = ("tome", "evit", "evit_fuse", "tome_mlp")
+#: Highest degree of tome_mlp, whose degrees are 32nds of the patches.
+TOME_MLP_MAX = 16
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
 Degree = Annotated[int, Field(ge=0)]
+#: Tables in the paper's form; see tocom.analysis.paper.
+PaperTable = Literal["degrees", "backbones", "compressors", "speedup", "ablation", "transfer"]
 
 
 class Backbone(Settings):
-    """A pre-trained model."""
+    """A pre-trained model: a bundled or own checkpoint, a timm model by name, or one that the workflow pre-trains."""
 
     name: str = Field(description="what tables and folders call it")
-    checkpoint: str | None = Field(
-        None, description="a bundled name (glyph_vit) or a path; null pre-trains it in the workflow"
-    )
-    architecture: str | None = Field(None, description="timm model to pre-train, if checkpoint is null")
-    kwargs: dict[str, Any] = Field({}, description="overrides of the timm model's arguments, likewise")
+    checkpoint: str | None = Field(None, description="a bundled name (glyph_vit), or a checkpoint of this project")
+    timm: str | None = Field(None, description="timm model by name and tag, with its public weights or `weights`")
+    revision: str | None = Field(None, description="timm: commit of the weights on the Hub; null: the newest")
+    weights: str | None = Field(None, description="timm: file with its weights (.safetensors, .pth, .npz), no download")
+    sha256: str | None = Field(None, description="timm: what the file of weights must hash to; null: not checked")
+    num_classes: Positive | None = Field(None, description="timm: classes of the weights' classifier, if not timm's")
+    architecture: str | None = Field(None, description="timm model to pre-train on letters in the workflow")
+    kwargs: dict[str, Any] = Field({}, description="overrides of the timm model's arguments")
     image_size: Positive = Field(32, description="side of the images it takes, in pixels")
     patch_size: Positive = Field(4, description="side of its patches, in pixels")
+    proportional_attention: bool | None = Field(
+        None, description="timm: add log(token size) to attention (ToMe); null: unless it is an MAE model"
+    )
     distil_images: str | None = Field(
-        None, description="folder of pre-training images to distil ToCom on; null: the bundled letters"
+        None, description="folder of images, or data set (imagenet1k), to distil ToCom on; null: the bundled letters"
     )
 
     @model_validator(mode="after")
     def _has_a_source(self):
-        if self.checkpoint is None and self.architecture is None:
-            raise ValueError(f"backbone {self.name!r} needs a checkpoint, or an architecture to pre-train")
+        given = [name for name in ("checkpoint", "timm", "architecture") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"backbone {self.name!r} needs one of checkpoint, timm and architecture; it has {given or 'none'}"
+            )
+        for option in ("revision", "weights", "sha256", "num_classes", "proportional_attention"):
+            if getattr(self, option) is not None and self.timm is None:
+                raise ValueError(f"backbone {self.name!r}: {option} goes with timm, not with {given[0]}")
         return self
 
+    @property
+    def is_made(self) -> bool:
+        """Whether the workflow writes its checkpoint."""
+        return self.checkpoint is None
 
-class TaskEntry(Settings):
-    """A downstream task: a registered one by name, or a folder of images under a name of your own."""
 
-    name: str = Field(description="a name from `tocom tasks`, or your own")
-    folder: str | None = Field(None, description="folder/{train,val,test}/CLASS/*.png")
+class TaskEntry(OwnOptions):
+    """A downstream task: bundled or of the catalogue by name, or your own under a name of your own."""
+
+    name: str = Field(description="a name from `tocom tasks` or `tocom data list`, or your own")
+    data: dict[str, Any] = Field({}, description="changes of the study's data section for this task")
+    finetune: dict[str, Any] = Field({}, description="changes of the study's finetune section for this task")
+    fine_tuned: str | None = Field(
+        None, description="a model fine-tuned elsewhere, used as it is (finetune: {tuning: {mode: none}})"
+    )
 
     @model_validator(mode="after")
-    def _known_or_folder(self):
-        if self.folder is None and self.name not in TASKS:
-            raise ValueError(
-                f"unknown task {self.name!r}{suggest(self.name, TASKS)}; known: {', '.join(TASKS)}; or give a folder"
-            )
+    def _known_or_own(self):
+        if self.kind is None and self.name not in TASKS:
+            known = [*TASKS, *read_catalogue()]
+            if self.name not in known:
+                raise ValueError(
+                    f"unknown task {self.name!r}{suggest(self.name, known)}; see `tocom tasks` and `tocom data list`,"
+                    f" or give one of {', '.join(OPTIONS)}"
+                )
         return self
+
+    @property
+    def is_downloaded(self) -> bool:
+        """Whether it is a data set of the catalogue."""
+        return self.kind is None and self.name not in TASKS
+
+    def source(self) -> dict[str, Any]:
+        """Return the options of an own source that differ from their defaults."""
+        own = self.model_dump(mode="json", include=set(OwnOptions.model_fields), exclude_defaults=True)
+        return own if self.kind else {}
 
 
 class DataSettings(Settings):
-    """Sizes of the splits of registered tasks."""
+    """Sizes of the splits, and where data sets are."""
 
-    train: Positive = Field(800, description="images to fine-tune on")
-    val: Positive = Field(200, description="images to choose the epoch and the scale on")
-    test: Positive = Field(2_000, description="test images, or as many as there are")
+    root: str = Field("data", description="folder of the data sets that `tocom data fetch` downloads")
+    train: Positive | None = Field(None, description="images to fine-tune on; null: 800 of a bundled task, else all")
+    val: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="images, or share of the training images, to choose the epoch and the scale on; null: 200 of a"
+        " bundled task, else the source's own split or a tenth of the training images",
+    )
+    test: Positive | None = Field(None, description="test images; null: 2,000 of a bundled task, else all")
+    resize: Resize = Field("crop", description="crop: scale the shorter side by 256/224, cut the centre out; or squash")
+
+    @field_validator("val")
+    @classmethod
+    def _number_or_share(cls, value):
+        if value is not None and value >= 1 and value != int(value):
+            raise ValueError("give a whole number of images, or a share below 1")
+        return value if value is None or value < 1 else int(value)
+
+
+class StageResources(Settings):
+    """What one job of a stage asks for; memory and time grow with every retry."""
+
+    mem_mb: Positive = Field(description="main memory in MB")
+    runtime: Positive = Field(description="minutes")
+    gpu: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="GPUs on each node; null: one for every process if the stage's device is cuda"
+    )
+    processes: Positive = Field(1, description="processes on each node that train one model together (torchrun)")
+    nodes: Positive = Field(1, description="nodes that train one model together (under Slurm)")
+
+
+class Resources(Settings):
+    """What the jobs of each stage ask a cluster for."""
+
+    fetch: StageResources = StageResources(mem_mb=1000, runtime=600)
+    prepare: StageResources = StageResources(mem_mb=1000, runtime=10)
+    backbone: StageResources = StageResources(mem_mb=3000, runtime=120)
+    distil: StageResources = StageResources(mem_mb=2000, runtime=60)
+    finetune: StageResources = StageResources(mem_mb=2000, runtime=120)
+    evaluate: StageResources = StageResources(mem_mb=2000, runtime=60)
+    throughput: StageResources = StageResources(mem_mb=2000, runtime=30)
+    analysis: StageResources = StageResources(mem_mb=2000, runtime=30)
 
 
 class AnalysisSettings(Settings):
@@ -107,9 +188,20 @@ class Study(Settings):
     """One study: what is trained, and what is evaluated."""
 
     study: str = Field(description="name of the study and of its folder under results/")
+    paper: PaperTable | None = Field(None, description="table in the paper's form, beside the published figures")
+    store: str | None = Field(
+        None, description="folder of backbones and compensators that studies share; null: the study's own"
+    )
     backbones: tuple[Backbone, ...] = Field(min_length=1)
     compressors: tuple[str, ...] = Field(("tome",), min_length=1)
-    tasks: tuple[str | TaskEntry, ...] = Field(min_length=1, description="registered names, or entries with a folder")
+    compensators: dict[str, dict[str, Any]] = Field(
+        {TOCOM: {}},
+        min_length=1,
+        description="variants of ToCom: name -> changes of the distil section, or scales of its own; the first is that"
+        " of the main tables, the others are compared with it",
+    )
+    tasks: tuple[str | TaskEntry, ...] = Field((), description="names, or entries with a source of your own")
+    segmentation: SegmentationSettings | None = Field(None, description="segment images instead of classifying tasks")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
     train_degrees: tuple[Degree | Literal[RANDOM], ...] = Field(min_length=1)
     infer_degrees: tuple[Degree, ...] = Field(min_length=1)
@@ -124,6 +216,7 @@ class Study(Settings):
     finetune: FinetuneSettings = FinetuneSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     throughput: ThroughputSettings = ThroughputSettings()
+    resources: Resources = Resources()
     analysis: AnalysisSettings = AnalysisSettings()
     verify: VerifySettings = VerifySettings()
 
@@ -143,7 +236,13 @@ class Study(Settings):
 
     @model_validator(mode="after")
     def _grid_makes_sense(self):
-        names = [self.study, *(b.name for b in self.backbones), *(t.name for t in self.tasks)]
+        if bool(self.tasks) == bool(self.segmentation):
+            raise ValueError("give tasks to classify, or a segmentation section, and not both")
+        names = [self.study, *(b.name for b in self.backbones), *self.task_names, *self.compensators]
+        if self.segmentation:
+            names.append(self.segmentation.name)
+            if set(self.compressors) != {"tome_mlp"} or RANDOM in self.train_degrees:
+                raise ValueError("a segmentation study has compressors: [tome_mlp], and no random train degree")
         for name in names:
             if not NAME.fullmatch(name):
                 raise ValueError(f"{name!r} cannot name a folder: use letters, digits, '_' and '.'")
@@ -158,25 +257,35 @@ class Study(Settings):
             )
         if not any(train != infer for train in self.fixed_train_degrees for infer in self.infer_degrees):
             raise ValueError("no train degree differs from an inference degree; ToCom has no gap to close")
-        self._images_fit()
+        sizes = {backbone.image_size for backbone in self.backbones}
+        if len(sizes) > 1:
+            raise ValueError(f"backbones take images of different sizes {sorted(sizes)}; give each size its own study")
+        self._degrees_fit()
+        self._overrides_are_valid()
+        return self
+
+    def _degrees_fit(self) -> None:
         for backbone in self.backbones:
             patches = (backbone.image_size // backbone.patch_size) ** 2
-            if self.max_degree > patches // 2:
+            if self.max_degree > patches // 2 and set(self.compressors) != {"tome_mlp"}:
                 raise ValueError(
                     f"max_degree {self.max_degree} is out of range: {backbone.name} has {patches} patches,"
                     f" and a block removes at most half of them"
                 )
-        return self
+        if "tome_mlp" in self.compressors and self.max_degree > TOME_MLP_MAX:
+            raise ValueError(f"max_degree {self.max_degree} is out of range: tome_mlp goes up to {TOME_MLP_MAX}")
 
-    def _images_fit(self) -> None:
-        sizes = {backbone.image_size for backbone in self.backbones}
-        if len(sizes) > 1:
-            raise ValueError(f"backbones take images of different sizes {sorted(sizes)}; give each size its own study")
-        if sizes != {GLYPH_SIZE} and any(task.folder is None for task in self.tasks):
-            raise ValueError(
-                f"registered tasks have {GLYPH_SIZE} x {GLYPH_SIZE} images, the backbones take {sizes.pop()};"
-                " use folders of images"
-            )
+    def _overrides_are_valid(self) -> None:
+        for task in self.tasks:
+            self.data_for(task.name)
+            mode = self.finetune_for(task.name).tuning.mode
+            if task.fine_tuned is not None and mode != "none":
+                raise ValueError(f"task {task.name!r}: fine_tuned goes with finetune: {{tuning: {{mode: none}}}}")
+            if mode == "none" and (len(self.train_degrees) > 1 or RANDOM in self.train_degrees or len(self.seeds) > 1):
+                raise ValueError("models that are used as they are were trained at one degree: give it, and one seed")
+        for variant in self.compensators:
+            self.distil_for(variant)
+            self.scales_for(variant)
 
     # --- the grid -------------------------------------------------------------------------------------------
 
@@ -189,6 +298,16 @@ class Study(Settings):
     def task_names(self) -> tuple[str, ...]:
         """Names of the tasks, in the order of the config."""
         return tuple(task.name for task in self.tasks)
+
+    @property
+    def groups(self) -> dict[str, str]:
+        """Task -> group that tables average over."""
+        return groups_of(self.task_names, self.own_groups)
+
+    @property
+    def own_groups(self) -> dict[str, str]:
+        """The groups that the config gives to its own tasks."""
+        return {task.name: task.group for task in self.tasks if task.kind}
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -204,7 +323,7 @@ class Study(Settings):
     @cached_property
     def gap_degrees(self) -> tuple[int, int] | None:
         """The lowest and the highest train degree, whose gap is carried between tasks; None if there is one."""
-        degrees = sorted(self.fixed_train_degrees)
+        degrees = [] if self.segmentation else sorted(self.fixed_train_degrees)
         return (degrees[0], degrees[-1]) if len(degrees) > 1 else None
 
     # --- what the workflow builds and asks for ----------------------------------------------------------------
@@ -212,12 +331,16 @@ class Study(Settings):
     @property
     def csv_names(self) -> tuple[str, ...]:
         """The tidy tables of the study."""
+        if self.segmentation:
+            return ("segmentation", "throughput")
         return ("cells", "throughput", "significance", *(["transfer"] if self.gap_degrees else []))
 
     @property
     def table_names(self) -> tuple[str, ...]:
         """The tables of a paper, without their endings."""
-        return ("main", "tasks", "significance", "throughput")
+        if self.segmentation:
+            return ("segmentation",)
+        return ("main", "tasks", "significance", "throughput", *(["paper"] if self.paper else []))
 
     @property
     def figure_names(self) -> tuple[str, ...]:
@@ -227,6 +350,8 @@ class Study(Settings):
     @property
     def figure_kinds(self) -> dict[str, str]:
         """Every figure's name and what it shows; with several models, all but the first have theirs in the name."""
+        if self.segmentation:
+            return {}
         kinds = ("accuracy_vs_gflops", "gain_heatmap", *(["gap_transfer"] if self.gap_degrees else []))
         models = sorted(product([backbone.name for backbone in self.backbones], self.compressors))
         suffixes = [
@@ -234,20 +359,106 @@ class Study(Settings):
         ]
         return {kind + suffix: kind for suffix in suffixes for kind in kinds}
 
-    def folder_option(self, task: str) -> str:
-        """Return the options with which `tocom prepare` finds a task that is a folder of images."""
-        folder = self.task(task).folder
-        return f"--folder {shlex.quote(folder)} --image-size {self.backbones[0].image_size}" if folder else ""
+    def data_for(self, task: str) -> DataSettings:
+        """Return the data section with a task's changes."""
+        return _changed(self.data, self.task(task).data, f"task {task!r}: data")
+
+    def finetune_for(self, task: str) -> FinetuneSettings:
+        """Return the finetune section with a task's changes."""
+        return _changed(self.finetune, self.task(task).finetune, f"task {task!r}: finetune")
+
+    def distil_for(self, variant: str) -> DistilSettings:
+        """Return the distil section with a variant's changes."""
+        changes = {key: value for key, value in self.compensators[variant].items() if key != "scales"}
+        return _changed(self.distil, changes, f"compensator {variant!r}")
+
+    def scales_for(self, variant: str) -> tuple[float, ...] | None:
+        """Return the candidate scales of a variant that has its own, as multiples of the trained scale."""
+        if "scales" not in self.compensators[variant]:
+            return None
+        changes = {"scales": self.compensators[variant]["scales"], "may_decline": False}
+        return _changed(self.evaluate, changes, f"compensator {variant!r}").scales
+
+    def distilled_as(self, variant: str) -> str:
+        """Return the first variant that is distilled in the same way; variants that differ in scales alone share it."""
+        return next(name for name in self.compensators if self.distil_for(name) == self.distil_for(variant))
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """Names of the variants of ToCom, the main one first."""
+        return tuple(self.compensators)
+
+    # --- command lines --------------------------------------------------------------------------------------
+
+    def prepare_options(self, task: str) -> str:
+        """Return the options with which `tocom prepare` makes a task."""
+        entry, data = self.task(task), self.data_for(task)
+        sizes = {"train": data.train, "val": data.val, "test": data.test}
+        words = [f"--{name} {value:g}" for name, value in sizes.items() if value is not None]
+        words += [f"--image-size {self.backbones[0].image_size}", f"--resize {data.resize}"]
+        words += [f"--data-root {shlex.quote(data.root)}"]
+        if self.finetune_for(task).augmentation == "timm":
+            words.append("--no-decode-train")
+        if entry.kind:
+            words.append(f"--source {shlex.quote(json.dumps(entry.source()))}")
+        return " ".join(words)
 
     def distil_options(self, backbone: str) -> str:
-        """Return the option that names the images that ToCom is distilled on, if they are not the letters."""
-        folder = self.backbone(backbone).distil_images
-        return f"--images {shlex.quote(folder)}" if folder else ""
+        """Return the options that name the images that ToCom is distilled on, if they are not the letters."""
+        images = self.backbone(backbone).distil_images
+        return f"--images {shlex.quote(images)} --data-root {shlex.quote(self.data.root)}" if images else ""
 
     def pretrain_options(self, backbone: str) -> str:
         """Return the options with which `tocom pretrain` builds a backbone."""
         entry = self.backbone(backbone)
         return f"--architecture {entry.architecture} --kwargs {shlex.quote(json.dumps(entry.kwargs))}"
+
+    def import_options(self, backbone: str) -> str:
+        """Return the arguments with which `tocom backbone` fetches or reads a timm model."""
+        entry = self.backbone(backbone)
+        words = [shlex.quote(entry.timm), f"--image-size {entry.image_size}"]
+        if entry.kwargs:
+            words.append(f"--kwargs {shlex.quote(json.dumps(entry.kwargs))}")
+        for option in ("revision", "weights", "sha256", "num_classes"):
+            value = getattr(entry, option)
+            if value is not None:
+                words.append(f"--{option.replace('_', '-')} {shlex.quote(str(value))}")
+        if entry.proportional_attention is not None:
+            words.append(f"--{'' if entry.proportional_attention else 'no-'}proportional-attention")
+        return " ".join(words)
+
+    def fine_tuned_option(self, task: str) -> str:
+        """Return the option that names a model which is used as it is."""
+        entry = self.task(task)
+        return f"--fine-tuned {shlex.quote(entry.fine_tuned)}" if entry.fine_tuned else ""
+
+    def scales_options(self) -> str:
+        """Return the candidate scales of the variants that have their own, for `tocom evaluate`."""
+        own = {name: self.scales_for(name) for name in self.compensators}
+        return " ".join(f"--scales {name}={','.join(map(str, scales))}" for name, scales in own.items() if scales)
+
+    def group_options(self) -> str:
+        """Return the groups of the config's own tasks, for the analysis."""
+        return " ".join(f"--group {shlex.quote(f'{task}={group}')}" for task, group in self.own_groups.items())
+
+    def as_json(self) -> str:
+        """Return the config as JSON, without what has its default; :func:`parse_study` reads it back."""
+        return self.model_dump_json(exclude_defaults=True)
+
+    def launcher(self, stage: str) -> str:
+        """Return the command that starts a stage: tocom itself, or torchrun with several processes of it."""
+        wanted: StageResources = getattr(self.resources, stage)
+        each = f"--nproc-per-node {wanted.processes} -m tocom.cli"
+        if wanted.nodes > 1:
+            first = '"$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):29500"'
+            meet = f'--rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint {first}'
+            return f"srun --ntasks-per-node=1 torchrun --nnodes {wanted.nodes} {meet} {each}"
+        return f"torchrun --standalone {each}" if wanted.processes > 1 else "tocom"
+
+    def gpus(self, stage: str, device: str) -> int:
+        """Return the GPUs on each node that a job of a stage asks for."""
+        wanted: StageResources = getattr(self.resources, stage)
+        return wanted.processes * int(device.startswith("cuda")) if wanted.gpu is None else wanted.gpu
 
     def gap_options(self, pattern: str, backbone: str, compressor: str, **_: str) -> list[str]:
         """Return TASK:SEED:LOW:HIGH for every task and seed, from the checkpoints' path pattern."""
@@ -269,12 +480,31 @@ class Study(Settings):
         return next(backbone for backbone in self.backbones if backbone.name == name)
 
 
+def _changed(settings: Settings, changes: dict[str, Any], where: str):
+    """Return settings with some changes, checked; nested sections are changed key by key.
+
+    Raises:
+        ValueError: an unknown key or a value out of range, in one line.
+    """
+    merged = settings.model_dump()
+    for key, value in changes.items():
+        nested = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = merged[key] | value if nested else value
+    try:
+        return type(settings).model_validate(merged)
+    except ValidationError as error:
+        raise ValueError(str(explain(error, where, {"": type(settings)}))) from None
+
+
 def _sections() -> dict[str, type]:
     """Return the model behind every dotted place of a config, for suggestions."""
     places: dict[str, type] = {"": Study}
     for name, field in Study.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
             places[name] = field.annotation
+    places["segmentation"], places["finetune.tuning"] = SegmentationSettings, TuningSettings
+    places["segmentation.train"], places["segmentation.sizes"] = SegmentationTraining, SegmentationSizes
+    places |= {f"resources.{stage}": StageResources for stage in Resources.model_fields}
     for index in range(64):
         places[f"backbones.{index}"], places[f"tasks.{index}"] = Backbone, TaskEntry
     return places

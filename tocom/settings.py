@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tocom.errors import TocomError, suggest
 
 #: The train degree of the rival that draws a new degree for every step.
 RANDOM = "random"
+#: The variant of ToCom that a study has unless it names its own.
+TOCOM = "tocom"
 #: How a row of the transfer says that no gap was added.
 NO_GAP = "none"
 Positive = Annotated[int, Field(ge=1)]
@@ -41,16 +43,33 @@ class Settings(BaseModel):
 
 
 class Optimisation(Settings):
-    """Settings that all three training stages share."""
+    """Settings that all training stages share."""
 
     epochs: Positive = Field(10, description="passes over the training images")
-    batch_size: Positive = Field(64, description="images a step")
+    batch_size: Positive = Field(64, description="images a step, over all processes")
+    micro_batch_size: Positive | None = Field(
+        None,
+        description="images a forward pass: a step is made of batch_size / micro_batch_size of them, one after another"
+        " or on several processes; null: one for every process",
+    )
+    optimizer: str = Field("adamw", description="one of timm's optimizers")
     lr: float = Field(5e-4, gt=0, description="peak learning rate")
     lr_batch: Positive | None = Field(None, description="if set, lr is for this batch size and scaled linearly")
     min_lr: float = Field(1e-5, ge=0, description="learning rate at the end of the cosine")
     warmup_epochs: Annotated[int, Field(ge=0)] = Field(0, description="epochs of linear warm-up")
     weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay")
     drop_path: Fraction = Field(0.0, description="stochastic depth rate while training")
+    clip_grad: float | None = Field(None, gt=0, description="largest norm of the gradient; null: not clipped")
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        None, description="decay of a moving average of the weights, which is then scored and kept; null: none"
+    )
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast; fp16 scales its loss")
+    compile: str | None = Field(None, description="a backend of torch.compile, such as inductor; null: not compiled")
+    save_every: Positive | None = Field(
+        None, description="steps between two saved states, besides those at the end of every epoch"
+    )
+    keep_states: Positive = Field(1, description="saved states to keep; one that cannot be read gives way to an older")
+    workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that decode and augment images")
     threads: Positive = Field(1, description="torch CPU threads; part of the recipe, since sums depend on it")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
 
@@ -58,6 +77,31 @@ class Optimisation(Settings):
     def peak_lr(self) -> float:
         """Learning rate after linear scaling with the batch size."""
         return self.lr * self.batch_size / self.lr_batch if self.lr_batch else self.lr
+
+    def recipe(self) -> dict:
+        """Return what the result depends on, as JSON: all settings but those that only say how the work is done."""
+        return self.model_dump(mode="json", exclude={"workers", "save_every", "keep_states"})
+
+
+class Augmentation(Settings):
+    """How training images are changed; the strong kind is that of DeiT (arXiv 2012.12877, table 9), by timm."""
+
+    augmentation: Literal["none", "shift", "timm"] = Field(
+        "none", description="none; shift by a few pixels; or timm's: crop, flip, colour jitter, RandAugment, erasing"
+    )
+    shift: Annotated[int, Field(ge=0)] = Field(2, description="shift: by up to so many pixels")
+    color_jitter: float = Field(0.3, ge=0, description="timm: colour jitter")
+    auto_augment: str | None = Field("rand-m9-mstd0.5-inc1", description="timm: policy of AutoAugment or RandAugment")
+    random_erasing: Fraction = Field(0.25, description="timm: probability of random erasing")
+    horizontal_flip: Fraction = Field(0.5, description="timm: probability of a horizontal flip")
+    min_crop: float = Field(0.08, gt=0, le=1, description="timm: smallest share of the image that a crop keeps")
+    mixup: float = Field(0.0, ge=0, description="alpha of mixup; 0: off")
+    cutmix: float = Field(0.0, ge=0, description="alpha of cutmix; 0: off")
+
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed; batches are then of even size and the last, partial one is left out."""
+        return self.mixup > 0 or self.cutmix > 0
 
 
 class PretrainSettings(Optimisation):
@@ -73,23 +117,44 @@ class PretrainSettings(Optimisation):
     held_out: Positive = Field(2_000, description="images for the accuracies on the model card")
 
 
-class FinetuneSettings(Optimisation):
+class TuningSettings(Settings):
+    """What of a model is trained; adapters and LoRA leave the backbone's own weights frozen."""
+
+    mode: Literal["full", "head", "adaptformer", "lora", "none"] = Field(
+        "full", description="full, head (linear probe), adaptformer, lora, or none (a fine-tuned model as it is)"
+    )
+    adapter_width: Positive = Field(8, description="AdaptFormer: width of the bottleneck (8 is usual for VTAB-1k)")
+    adapter_scale: float = Field(0.1, gt=0, description="AdaptFormer: factor on the bottleneck's output")
+    adapter_dropout: Fraction = Field(0.1, description="AdaptFormer: dropout on the bottleneck while training")
+    lora_rank: Positive = Field(8, description="LoRA: rank of the update")
+    lora_alpha: float = Field(8.0, gt=0, description="LoRA: the update is scaled by lora_alpha / lora_rank")
+    lora_targets: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        ("attn.qkv",), description="LoRA: linear layers of a block that are updated (attn.qkv, attn.proj, mlp.fc1, ...)"
+    )
+
+
+class FinetuneSettings(Augmentation, Optimisation):
     """How a backbone is fine-tuned for one task at one train degree."""
 
+    augmentation: Literal["none", "shift", "timm"] = "shift"
     label_smoothing: Fraction = Field(0.1, description="label smoothing of the cross-entropy")
-    shift: Annotated[int, Field(ge=0)] = Field(2, description="augmentation: random shift by up to so many pixels")
+    tuning: TuningSettings = Field(TuningSettings(), description="which weights are trained")
 
 
-class DistilSettings(Optimisation):
+class DistilSettings(Augmentation, Optimisation):
     """How ToCom is distilled on the pre-trained backbone."""
 
     epochs: Positive = 6
     batch_size: Positive = 96
     lr: float = Field(5e-3, gt=0)
     rank: Positive = Field(2, description="rank of one step's update")
+    projections: tuple[Literal["q", "k", "v"], ...] = Field(
+        ("q", "v"), min_length=1, description="projections of the attention that are updated"
+    )
+    step: Positive = Field(1, description="degrees that one update spans")
     trained_scale: float = Field(1.0, gt=0, description="factor on the update while it is distilled")
     dropout: Fraction = Field(0.1, description="dropout on the bottleneck")
-    images: Positive = Field(20_000, description="pre-training images to use")
+    images: Positive | None = Field(20_000, description="pre-training images to use; null: all")
     held_out: Positive = Field(1_000, description="further images, to choose the best epoch on")
     pairs: Positive = Field(48, description="held-out (source, target) pairs that the best epoch is chosen on")
 
@@ -104,16 +169,19 @@ class EvaluateSettings(Settings):
     select_by: Literal["accuracy", "loss"] = Field(
         "accuracy", description="validation figure that the scale is chosen by; ties in accuracy go to the lower loss"
     )
+    may_decline: bool = Field(True, description="whether 0 is among the scales; false only to study a fixed scale")
     batch_size: Positive = Field(250, description="images a forward pass")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast")
     threads: Positive = Field(1, description="torch CPU threads")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
 
-    @field_validator("scales")
-    @classmethod
-    def _can_decline(cls, value):
-        if 0 not in value:
-            raise ValueError("0 must be among the scales, so that ToCom can decline")
-        return value
+    @model_validator(mode="after")
+    def _can_decline(self):
+        if self.may_decline and 0 not in self.scales:
+            raise ValueError("0 must be among the scales, so that ToCom can decline (or set may_decline: false)")
+        if not self.scales:
+            raise ValueError("scales is empty; give at least one")
+        return self
 
 
 class ThroughputSettings(Settings):
@@ -122,6 +190,8 @@ class ThroughputSettings(Settings):
     batch_size: Positive = Field(64, description="images a forward pass")
     repeats: Positive = Field(40, description="timed rounds; every model takes a turn in each")
     warmup: Positive = Field(3, description="forward passes before the first round")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast")
+    training: bool = Field(False, description="also time training steps")
     threads: Positive = Field(1, description="torch CPU threads")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
 

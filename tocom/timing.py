@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
@@ -33,6 +34,11 @@ def process_age() -> float:
     return time.time() - psutil.Process().create_time()
 
 
+def is_main() -> bool:
+    """Return whether this process is the one of torchrun's that reports; without torchrun it is."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextmanager
 def timed(stage: str, threads: int = 1) -> Iterator[None]:
     """Report, on standard error, how long the block took, how long files took, how long start-up had taken,
@@ -45,4 +51,5 @@ def timed(stage: str, threads: int = 1) -> Iterator[None]:
     line = {"stage": stage, "threads": threads, "memory_mb": round(memory_mb)} | {
         name: round(value, 3) for name, value in figures.items()
     }
-    print(MARK + json.dumps(line), file=sys.stderr)
+    if is_main():
+        print(MARK + json.dumps(line), file=sys.stderr)

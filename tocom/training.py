@@ -1,26 +1,33 @@
-"""The one training loop: AdamW, cosine schedule, best epoch on held-out data, exact resume after a kill."""
+"""The one training loop: micro-batches over one or several processes, best epoch on held-out data, exact resume."""
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from tocom import distributed
 from tocom.errors import TocomError
 from tocom.files import atomic
+from tocom.seeds import random_state, seed_everything, set_random_state
 from tocom.settings import Optimisation
 from tocom.timing import counting_files
+
+#: Settings' names of the autocast types.
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def normalise(images: Tensor, model: nn.Module) -> Tensor:
@@ -33,12 +40,6 @@ def normalise(images: Tensor, model: nn.Module) -> Tensor:
         torch.tensor(model.pretrained_cfg[name], device=images.device).view(-1, 1, 1) for name in ("mean", "std")
     )
     return (images.float() / 255.0 - mean) / std
-
-
-def derive_seed(*parts: int | str) -> int:
-    """Return a 63-bit seed that depends on all parts and on nothing else (not on PYTHONHASHSEED)."""
-    text = json.dumps(parts).encode()
-    return int.from_bytes(hashlib.sha256(text).digest()[:8], "big") >> 1
 
 
 def make_deterministic(threads: int) -> None:
@@ -64,12 +65,60 @@ def random_shift(images: Tensor, pixels: int) -> Tensor:
 
 
 def bar(items: Iterable, title: str, total: int | None = None) -> tqdm:
-    """Show progress with the time left; in a log file, one update every few seconds."""
-    return tqdm(items, desc=title, total=total, mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True)
+    """Show progress with the time left; in a log file, one update every few seconds; on the main process alone."""
+    interval = 0.2 if sys.stderr.isatty() else 10
+    hidden = not distributed.is_main()
+    return tqdm(items, desc=title, total=total, mininterval=interval, dynamic_ncols=True, disable=hidden)
+
+
+def autocast(precision: str, device: torch.device):
+    """Return a context in which torch computes in "bf16" or "fp16" where that is safe; "fp32" changes nothing."""
+    return torch.autocast(device.type, DTYPES.get(precision), enabled=precision in DTYPES)
+
+
+def compiled(module: nn.Module, settings: Optimisation) -> Callable:
+    """Return the module, compiled if the settings say so.
+
+    Every degree is a program of its own, so torch is allowed more of them than it is by default.
+    """
+    if settings.compile is None:
+        return module
+    torch.compiler.reset()  # what an earlier run of this process compiled
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    return torch.compile(module, backend=settings.compile, dynamic=False)
+
+
+def check_pairs(settings: Optimisation) -> None:
+    """Raise TocomError if a micro-batch whose images are to be mixed in pairs would be of odd size."""
+    size = settings.micro_batch_size or settings.batch_size // distributed.world_size()
+    if settings.mixes and (size % 2 or settings.batch_size % size):
+        raise TocomError(
+            f"mixup and cutmix mix pairs: batch_size {settings.batch_size} must be a multiple of the micro-batch's"
+            f" {size} images, and that even"
+        )
+
+
+def pieces_of(batch: Tensor, settings: Optimisation, processes: int) -> tuple[Tensor, ...]:
+    """Split the indices of a batch into micro-batches, of sizes that differ by one at most.
+
+    The number of them is that of a full batch, so that a partial one, too, is shared by all processes; some may then
+    be empty.
+
+    Raises:
+        TocomError: the micro-batches of a full batch cannot be shared out evenly among the processes.
+    """
+    size = settings.micro_batch_size or math.ceil(settings.batch_size / processes)
+    number = math.ceil(settings.batch_size / size)
+    if number % processes:
+        raise TocomError(
+            f"{number} micro-batches (batch_size {settings.batch_size}, micro_batch_size {size}) cannot be shared out"
+            f" evenly among {processes} processes; change one of the three"
+        )
+    return batch.tensor_split(number)
 
 
 def fit(
-    step: Callable[[Tensor], Tensor],
+    step: Callable[[Any], Tensor],
     module: nn.Module,
     n_images: int,
     settings: Optimisation,
@@ -78,93 +127,229 @@ def fit(
     title: str,
     identity: dict,
     resume: Path | None = None,
+    begin: Callable[[], None] | None = None,
+    feed: Callable[[int, list[Tensor]], Iterator] | None = None,
+    drop_last: bool = False,
 ) -> dict:
     """Train ``module`` in place and leave it with the parameters of its best epoch.
 
-    The random state is set from (seed, epoch) at the start of every epoch, so a run that was killed and resumed
-    gives the same parameters as one that was not.
+    A step adds up the gradients of its micro-batches, whichever process computes them; each of several micro-batches
+    has a random state of its own, from (seed, epoch, step, micro-batch). So one process that accumulates and several
+    that share give the same parameters, but for the order of sums. A step of one micro-batch draws from the stream
+    that is seeded with (seed, epoch). A run that was killed and resumed gives the parameters of one that was not.
 
     Args:
-        step: maps indices of training images [B] to a loss; draws from torch's global generator.
+        step: maps what ``feed`` yields for a micro-batch to its mean loss; draws from global generators.
         module: what is trained; only its parameters that require gradients.
         score: called after each epoch; larger tuples are better.
         identity: JSON-able values that name all inputs of the run (hashes, degrees); a state that was left by a
             run with other inputs or settings is not resumed.
-        resume: where the state is kept between epochs; removed by :func:`forget` once the result is written.
+        resume: where the state is kept; removed by :func:`forget` once the result is written.
+        begin: called at the start of every step with the same random state in all processes: draws degrees.
+        feed: (epoch, pieces) -> an iterator with an item for each of these index tensors [B]; by default the
+            indices themselves.
+        drop_last: leave out the partial batch at the end of an epoch.
 
     Returns:
         ``{"best_epoch": ..., "score": [...], "losses": [...], "seconds": ...}``; epochs count from 1, seconds
         include those before an interruption.
 
     Raises:
-        TocomError: the loss or a held-out figure is NaN or infinite; no state is left to resume from.
+        TocomError: the loss or a held-out figure is NaN or infinite (no state is left to resume from), there are too
+            few images for one batch, or the micro-batches do not fit the processes.
     """
-    parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
-    optimizer = create_optimizer_v2(module, "adamw", lr=settings.peak_lr, weight_decay=settings.weight_decay)
-    per_epoch = -(-n_images // settings.batch_size)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        "cosine",
-        num_epochs=settings.epochs,
-        warmup_epochs=settings.warmup_epochs,
-        warmup_lr=settings.peak_lr / 1000,
-        min_lr=min(settings.min_lr, settings.peak_lr),
-        step_on_epochs=False,
-        updates_per_epoch=per_epoch,
-    )
-    fingerprint = json.dumps([title, seed, n_images, settings.model_dump(mode="json"), identity], sort_keys=True)
-    state = _load_state(resume, fingerprint) or {
-        "epoch": 0,
-        "best": None,
-        "best_epoch": 0,
-        "score": [],
-        "losses": [],
-        "seconds": 0.0,
-    }
-    started = time.monotonic() - state["seconds"]
-    if state["epoch"]:
-        _copy_into(parameters, state["parameters"])
-        optimizer.load_state_dict(state["optimizer"])
-
-    def check_finite(what: str, value: float, epoch: int) -> None:
-        if not np.isfinite(value):
-            if resume is not None:
-                resume.unlink(missing_ok=True)
-            raise TocomError(
-                f"{title}: {what} became {value} in epoch {epoch + 1};"
-                f" lower the learning rate (now {settings.peak_lr:g}) or check the data"
-            )
-
-    with bar(range(per_epoch * settings.epochs), title) as progress:
-        progress.update(state["epoch"] * per_epoch)
-        for epoch in range(state["epoch"], settings.epochs):
+    begin, feed = begin or (lambda: None), feed or (lambda epoch, pieces: iter(pieces))
+    trainer = _Trainer(module, n_images, settings, drop_last, title, resume)
+    # Random states follow micro-batches, of which there is one for every process unless their size is stated.
+    processes = distributed.world_size() if settings.micro_batch_size is None else None
+    fingerprint = [title, seed, n_images, settings.recipe(), identity, processes]
+    trainer.load(json.dumps(fingerprint, sort_keys=True))
+    with bar(None, title, total=trainer.per_epoch * settings.epochs) as progress:
+        progress.update(trainer.steps_done)
+        while trainer.epoch < settings.epochs:
             module.train()
-            torch.manual_seed(derive_seed(seed, "epoch", epoch))
-            scheduler.step_update(epoch * per_epoch)
-            total = 0.0
-            for number, indices in enumerate(torch.randperm(n_images).split(settings.batch_size)):
-                loss = step(indices)
-                value = loss.item()
-                check_finite("the loss", value, epoch)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                scheduler.step_update(epoch * per_epoch + number + 1)
-                total += value * len(indices)
-                progress.update()
+            trainer.run_epoch(step, begin, feed, seed, progress)
             module.eval()
-            result = list(score())
-            for figure in result:
-                check_finite("a held-out figure", figure, epoch)
-            state["losses"].append(total / n_images)
-            if not state["score"] or tuple(result) > tuple(state["score"]):
-                state |= {"score": result, "best_epoch": epoch + 1, "best": _copies(parameters)}
-            progress.set_postfix(loss=f"{state['losses'][-1]:.3f}", held_out=f"{result[0]:.3f}", refresh=False)
-            state["seconds"] = time.monotonic() - started
-            state |= {"epoch": epoch + 1, "parameters": _copies(parameters), "optimizer": optimizer.state_dict()}
-            _save_state(resume, fingerprint, state)
-    _copy_into(parameters, state["best"])
-    return {key: state[key] for key in ("best_epoch", "score", "losses", "seconds")}
+            with trainer.averaged():
+                trainer.end_epoch(list(score()))
+            last = trainer.state
+            progress.set_postfix(loss=f"{last['losses'][-1]:.3f}", held_out=f"{last['latest'][0]:.3f}", refresh=False)
+    _copy_into(trainer.parameters, trainer.state["best"])
+    return {key: trainer.state[key] for key in ("best_epoch", "score", "losses", "seconds")}
+
+
+class _Trainer:
+    """The state of one run of :func:`fit` and what a step does to it."""
+
+    def __init__(self, module, n_images: int, settings: Optimisation, drop_last: bool, title: str, resume: Path | None):
+        self.settings, self.n_images, self.title, self.resume = settings, n_images, title, resume
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.device = next(iter(self.parameters.values())).device
+        self.drop_last = drop_last
+        self.per_epoch = n_images // settings.batch_size if drop_last else math.ceil(n_images / settings.batch_size)
+        if not self.per_epoch:
+            raise TocomError(
+                f"{title}: {n_images} images do not fill a batch of {settings.batch_size}; make it smaller"
+            )
+        self.optimizer = create_optimizer_v2(
+            module, settings.optimizer, lr=settings.peak_lr, weight_decay=settings.weight_decay
+        )
+        self.scheduler, _ = create_scheduler_v2(
+            self.optimizer,
+            "cosine",
+            num_epochs=settings.epochs,
+            warmup_epochs=settings.warmup_epochs,
+            warmup_lr=settings.peak_lr / 1000,
+            min_lr=min(settings.min_lr, settings.peak_lr),
+            step_on_epochs=False,
+            updates_per_epoch=self.per_epoch,
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
+        # The average is over the parameters alone, not over a copy of everything that hangs on the module.
+        self.trained = nn.ParameterList(self.parameters.values())
+        self.average = ModelEmaV3(self.trained, decay=settings.ema) if settings.ema else None
+        self.state = {"epoch": 0, "step": 0, "total": 0.0, "best": None, "best_epoch": 0, "score": [], "losses": []}
+        self.state |= {"seconds": 0.0, "random": None, "latest": []}
+        self.fingerprint = ""
+        self.started = time.monotonic()
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that is under way or next, from 0."""
+        return self.state["epoch"]
+
+    @property
+    def steps_done(self) -> int:
+        """Steps done since the start of the first epoch."""
+        return self.epoch * self.per_epoch + self.state["step"]
+
+    # --- one epoch ------------------------------------------------------------------------------------------
+
+    def run_epoch(self, step: Callable, begin: Callable, feed: Callable, seed: int, progress: tqdm) -> None:
+        """Do the steps of the present epoch that are still to be done."""
+        epoch, start = self.epoch, self.state["step"]
+        seed_everything(seed, "epoch", epoch)
+        self.scheduler.step_update(epoch * self.per_epoch + start)
+        batches = torch.randperm(self.n_images).split(self.settings.batch_size)[: self.per_epoch]
+        processes, rank = distributed.world_size(), distributed.rank()
+        plan = [[(k, piece) for k, piece in enumerate(pieces_of(batch, self.settings, processes))] for batch in batches]
+        mine = [[(k, piece) for k, piece in pieces if k % processes == rank and len(piece)] for pieces in plan]
+        items = feed(epoch, [piece for pieces in mine[start:] for _, piece in pieces])
+        if start and self.state["random"] is not None:
+            set_random_state(self.state["random"])
+        for number in range(start, self.per_epoch):
+            several = len(plan[number]) > 1
+            if several:
+                seed_everything(seed, "step", epoch, number)
+            begin()
+            value = torch.zeros((), device=self.device)
+            self.optimizer.zero_grad()
+            for k, piece in mine[number]:
+                if several:
+                    seed_everything(seed, "micro-batch", epoch, number, k)
+                with autocast(self.settings.precision, self.device):
+                    loss = step(next(items)) * (len(piece) / len(batches[number])) if several else step(next(items))
+                value += loss.detach()
+                self.scaler.scale(loss).backward()
+            self._update(distributed.sum_values(value).item(), number, len(batches[number]))
+            progress.update()
+
+    def _update(self, loss: float, number: int, n_images: int) -> None:
+        """Change the parameters by the gradients that the step has gathered."""
+        self.check_finite("the loss", loss)
+        parameters = list(self.parameters.values())
+        distributed.sum_gradients(parameters)
+        if self.settings.clip_grad:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(parameters, self.settings.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.scheduler.step_update(self.epoch * self.per_epoch + number + 1)
+        if self.average is not None:
+            self.average.update(self.trained)
+        self.state["total"] += loss * n_images
+        self.state["step"] = number + 1
+        every = self.settings.save_every
+        if every and (number + 1) % every == 0 and number + 1 < self.per_epoch:
+            self.save()
+
+    def end_epoch(self, figures: list[float]) -> None:
+        """Record an epoch whose held-out figures are given; keep its parameters if they are the best so far."""
+        for figure in figures:
+            self.check_finite("a held-out figure", figure)
+        state = self.state
+        seen = min(self.n_images, self.per_epoch * self.settings.batch_size)
+        state["losses"].append(state["total"] / seen)
+        if not state["score"] or tuple(figures) > tuple(state["score"]):
+            state |= {"score": figures, "best_epoch": self.epoch + 1, "best": _copies(self.parameters)}
+        state |= {"epoch": self.epoch + 1, "step": 0, "total": 0.0, "latest": figures}
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Score, and keep, the moving average of the parameters if there is one; then save the whole state."""
+        own = _copies(self.parameters) if self.average is not None else None
+        if own is not None:
+            _copy_into(self.parameters, dict(zip(own, self.average.module.parameters(), strict=True)))
+        yield
+        if own is not None:
+            _copy_into(self.parameters, own)
+        self.save()
+
+    def check_finite(self, what: str, value: float) -> None:
+        """Raise TocomError, and drop all saved states, if a figure is NaN or infinite."""
+        if math.isfinite(value):
+            return
+        if self.resume is not None and distributed.is_main():
+            for path in states(self.resume):
+                path.unlink(missing_ok=True)
+        raise TocomError(
+            f"{self.title}: {what} became {value} in epoch {self.epoch + 1};"
+            f" lower the learning rate (now {self.settings.peak_lr:g}) or check the data"
+        )
+
+    # --- saving and loading ---------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write everything that the rest of the run depends on; older states move one place down."""
+        self.state["seconds"] = time.monotonic() - self.started
+        if self.resume is None or not distributed.is_main():
+            return
+        saved = self.state | {
+            "fingerprint": self.fingerprint,
+            "random": random_state(),
+            "parameters": _copies(self.parameters),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
+        }
+        with counting_files(), atomic(self.resume) as temporary:
+            torch.save(saved, temporary)
+            for number in range(self.settings.keep_states - 1, 0, -1):
+                older = numbered(self.resume, number - 1)
+                if older.exists():
+                    older.replace(numbered(self.resume, number))
+
+    def load(self, fingerprint: str) -> None:
+        """Go on from the newest state that can be read and was left by a run with the same ``fingerprint``."""
+        self.fingerprint = fingerprint
+        distributed.broadcast(self.parameters.values())
+        saved = next(filter(None, (_read_state(path, fingerprint) for path in states(self.resume))), None)
+        if len(set(distributed.gather([None if saved is None else (saved["epoch"], saved["step"])]))) > 1:
+            raise TocomError(
+                f"{self.title}: not every process can read the same saved state; put {self.resume.parent} on a file"
+                " system that all nodes share"
+            )
+        if saved is None:
+            return
+        _copy_into(self.parameters, saved["parameters"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.scheduler.load_state_dict(saved["scheduler"])
+        self.scaler.load_state_dict(saved["scaler"])
+        if self.average is not None:
+            self.average.load_state_dict(saved["average"])
+        self.state = {key: saved[key] for key in self.state}
+        self.started = time.monotonic() - saved["seconds"]
 
 
 def _copies(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -177,29 +362,36 @@ def _copy_into(parameters: dict[str, Tensor], values: dict[str, Tensor]) -> None
         parameter.copy_(values[name])
 
 
-def _save_state(path: Path | None, fingerprint: str, state: dict) -> None:
-    if path is not None:
-        with counting_files(), atomic(path) as temporary:
-            torch.save({"fingerprint": fingerprint, **state}, temporary)
-
-
-def _load_state(path: Path | None, fingerprint: str) -> dict | None:
-    """Return the state of an interrupted run, or None if there is none for just these settings."""
-    if path is None or not path.exists():
-        return None
+def _read_state(path: Path, fingerprint: str) -> dict | None:
+    """Return the state of an interrupted run, or None if it cannot be read or is of another run."""
     try:
-        state = torch.load(path, weights_only=True)
-    except Exception:  # a state that cannot be read is only lost time: start again
+        state = torch.load(path, weights_only=True, map_location="cpu")
+    except Exception:  # a state that cannot be read is only lost time: use an older one, or start again
         return None
     return state if state.pop("fingerprint", None) == fingerprint else None
 
 
 def resume_path(output: str | os.PathLike) -> Path:
-    """Return where an interrupted run that will write ``output`` keeps its state."""
+    """Return where an interrupted run that will write ``output`` keeps its newest state."""
     output = Path(output)
     return output.with_name(f".{output.name}.resume")
 
 
+def numbered(resume: Path, number: int) -> Path:
+    """Return where the state saved ``number`` saves before the newest one is kept."""
+    return resume.with_name(f"{resume.name}.{number}") if number else resume
+
+
+def states(resume: Path | None) -> list[Path]:
+    """Return the states of an interrupted run, the newest first."""
+    if resume is None or not resume.parent.is_dir():
+        return []
+    older = sorted(resume.parent.glob(f"{resume.name}.[0-9]*"), key=lambda path: int(path.suffix[1:]))
+    return [path for path in (resume, *older) if path.exists()]
+
+
 def forget(output: str | os.PathLike) -> None:
-    """Remove the state of a run whose output has been written."""
-    resume_path(output).unlink(missing_ok=True)
+    """Remove the states of a run whose output has been written."""
+    if distributed.is_main():
+        for path in states(resume_path(output)):
+            path.unlink(missing_ok=True)

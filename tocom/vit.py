@@ -9,7 +9,7 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tocom.compensator import Compensator, Folding
+from tocom.compensator import QKV, Compensator, Folding, active
 from tocom.compress import Attention, Compressor, make_compressor
 from tocom.degrees import Degree, counts, token_counts
 from tocom.errors import TocomError
@@ -53,7 +53,7 @@ class CompressedViT(nn.Module):
         self.compensator: Compensator | None = None
         self.scale = 0.0
         self._folding: Folding | None = None
-        self._live: tuple[Tensor, Compensator] | None = None
+        self._live: tuple[Compensator, Tensor, int] | None = None
         self._set_counts(degree)
 
     # --- degree and compensator -----------------------------------------------------------------------------
@@ -70,6 +70,9 @@ class CompressedViT(nn.Module):
     def attach(self, compensator: Compensator, scale: float | None = None) -> CompressedViT:
         """Use ``compensator`` from now on whenever the degree is not the source degree.
 
+        It is folded into the weights of ``model``, which must not be saved then: ``detach()`` first. The compensator
+        itself becomes no part of this module: its parameters are not among ``parameters()`` or in ``state_dict()``.
+
         Args:
             scale: factor on the weight update; by default the one that the compensator was trained at.
 
@@ -80,9 +83,9 @@ class CompressedViT(nn.Module):
         compensator.check_fits(self.model, self.compressor.name)
         update = compensator.update(counts(self.source_degree, self.depth), self._counts)
         self.detach()
-        self.compensator = compensator
+        object.__setattr__(self, "compensator", compensator)  # past nn.Module, which would make it a submodule
         self.scale = compensator.trained_scale if scale is None else scale
-        self._folding = Folding.apply(self.model, update, self.scale)
+        self._folding = Folding.apply(self.model, update, self.scale, compensator.projections)
         return self
 
     def detach(self) -> CompressedViT:
@@ -106,7 +109,7 @@ class CompressedViT(nn.Module):
         if self.compensator is not None:
             update = self.compensator.update(counts(self.source_degree, self.depth), needed)
             self._unfold()
-            self._folding = Folding.apply(self.model, update, scale)
+            self._folding = Folding.apply(self.model, update, scale, self.compensator.projections)
             self.scale = scale
         self._set_counts(degree)
         return self
@@ -116,14 +119,20 @@ class CompressedViT(nn.Module):
             self._folding.undo()
             self._folding = None
 
-    def set_live_update(self, compensator: Compensator | None, signs: Tensor | None = None) -> None:
+    def set_live_update(
+        self, compensator: Compensator | None, coefficients: Tensor | None = None, whole: bool = False
+    ) -> None:
         """Compute the compensator beside the frozen weights, so that it can be trained.
 
         Args:
-            signs: coefficient of every step of one degree in the update [steps], from
-                :meth:`Compensator.coefficients`.
+            coefficients: coefficient of every update [steps], from :meth:`Compensator.coefficients`.
+            whole: compute the updates whose coefficient is 0, too. That costs a little, but the shapes no longer
+                depend on the source degree: torch.compile makes one program a degree, not one for every pair.
         """
-        self._live = None if compensator is None else (signs, compensator)
+        if compensator is None:
+            self._live = None
+        else:
+            self._live = (compensator, coefficients, 0) if whole else (compensator, *active(coefficients))
 
     # --- forward --------------------------------------------------------------------------------------------
 
@@ -143,17 +152,21 @@ class CompressedViT(nn.Module):
     def _block(self, index: int, block: nn.Module, x: Tensor, size: Tensor | None, count: int):
         attended, attention = self._attend(index, block.attn, block.norm1(x), size)
         x = x + block.drop_path1(block.ls1(attended))
-        x, size = self.compressor(x, size, count, attention)
-        return x + block.drop_path2(block.ls2(block.mlp(block.norm2(x)))), size
+
+        def mlp(tokens: Tensor) -> Tensor:
+            return block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+
+        return self.compressor.around_mlp(x, size, count, attention, mlp)
 
     def _attend(self, index: int, attn: nn.Module, x: Tensor, size: Tensor | None) -> tuple[Tensor, Attention]:
         batch, n_tokens, _ = x.shape
-        q, k, v = attn.qkv(x).chunk(3, dim=-1)
+        parts = dict(zip(QKV, attn.qkv(x).chunk(3, dim=-1), strict=True))
         if self._live is not None:
-            signs, compensator = self._live
-            to_q, to_v = compensator(index, x, signs)
-            q, v = q + to_q, v + to_v
-        q, k, v = (part.view(batch, n_tokens, attn.num_heads, attn.head_dim).transpose(1, 2) for part in (q, k, v))
+            compensator, coefficients, first = self._live
+            for name, change in compensator(index, x, coefficients, first).items():
+                parts[name] = parts[name] + change
+        shape = batch, n_tokens, attn.num_heads, attn.head_dim
+        q, k, v = (part.view(shape).transpose(1, 2) for part in parts.values())
         q, k = attn.q_norm(q), attn.k_norm(k)
         bias = size.log().transpose(1, 2).unsqueeze(1) if size is not None and self.proportional_attention else None
         y = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=attn.attn_drop.p if attn.training else 0.0)
@@ -175,7 +188,8 @@ class CompressedViT(nn.Module):
     def tokens(self) -> tuple[int, ...]:
         """Return the number of tokens after each block at the present degree and the model's own input size."""
         n_tokens = self.model.patch_embed.num_patches + self.prefix
-        return token_counts(self._counts, self.depth, n_tokens, self.prefix)
+        removed = 0 if self.compressor.restores else self._counts
+        return token_counts(removed, self.depth, n_tokens, self.prefix)
 
 
 def _check_supported(model: nn.Module, compressor: Compressor) -> None:

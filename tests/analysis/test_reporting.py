@@ -3,67 +3,26 @@
 import re
 import shutil
 import subprocess
-from itertools import product
 
-import numpy as np
 import pandas as pd
 import pytest
 
+from tests.analysis import made_up
+from tests.analysis.made_up import N
 from tocom.analysis import headline, significance, tables, verify
-from tocom.analysis.cells import correctness, gather, prediction_file, prediction_files, read_cells, write_rows
-from tocom.analysis.report import write_figures, write_tables
+from tocom.analysis.cells import correctness, gather, main_compensator, prediction_files, read_cells
+from tocom.analysis.report import make_tables, write_figures, write_tables
 from tocom.analysis.split import available_cores, split
 from tocom.errors import TocomError
-from tocom.files import save_arrays
 from tocom.timing import MARK
 
-TASKS = {"digits": "real", "mnist5k": "real", "rotation": "generated"}
-DEGREES = (0, 4, 12)
-N = 400
-#: Share of test images that a model trained at m and run at n gets right; ToCom adds to it where it drops.
-PLAIN = {0: {0: 0.96, 4: 0.96, 12: 0.80}, 12: {0: 0.90, 4: 0.91, 12: 0.92}}
-GAIN = {(0, 12): 0.06, (12, 0): 0.02}
-
-
-def right(share, seed):
-    return np.random.default_rng([7, seed]).permutation(N) < round(share * N)
+TASKS = {"digits": "real tasks", "mnist5k": "real tasks", "rotation": "generated tasks"}
 
 
 @pytest.fixture(scope="module")
 def study(tmp_path_factory):
     root = tmp_path_factory.mktemp("study")
-    labels = np.arange(N) % 5
-    files = []
-    for task, train, seed in product(TASKS, (0, 12, "random"), range(3)):
-        cells, predictions = [], []
-        for infer, compensated in product(DEGREES, (False, True)):
-            if train == "random" and compensated:
-                continue
-            share = 0.90 if train == "random" else PLAIN[train][infer] + compensated * GAIN.get((train, infer), 0)
-            gflops = 0.02 - infer / 1000
-            cells.append({"infer_degree": infer, "compensated": compensated, "scale": 0.5, "gflops": gflops})
-            predictions.append(np.where(right(share, seed), labels, labels + 1))
-        path = prediction_file(root / "predictions", "vit", "tome", task, train, seed)
-        meta = {"task": task, "train_degree": train, "seed": seed, "compressor": "tome", "cells": cells}
-        save_arrays(path, {"predictions": np.stack(predictions), "labels": labels}, meta)
-        files.append(("vit", path))
-    write_rows(gather("made_up", files), root / "cells.csv")
-    result = significance.compare(correctness(files), TASKS, resamples=300)
-    result.insert(0, "study", "made_up")
-    result.to_csv(root / "significance.csv", index=False)
-    speeds = [
-        {"backbone": "vit", "compressor": "tome", "infer_degree": n, "compensated": c, "gflops": 0.02,
-         "images_per_second": 1000.0, "speedup": 1.5, "ratio": 1.003 if c else 1.0, "ratio_low": 0.99,
-         "ratio_high": 1.01, "memory_mb": 10.0, "batch_size": 64, "repeats": 9, "threads": 1, "device": "cpu"}
-        for n, c in product(DEGREES, (False, True))
-    ]  # fmt: skip
-    write_rows(speeds, root / "throughput.csv")
-    gaps = [
-        {"backbone": "vit", "compressor": "tome", "source_task": s, "target_task": t, "seed": 0, "train_degree": 0,
-         "infer_degree": 12, "n": N, "correct": 1, "accuracy": 0.8 + 0.01 * (s != "none")}
-        for s, t in product(["none", *TASKS], TASKS)
-    ]  # fmt: skip
-    write_rows(gaps, root / "transfer.csv")
+    made_up.make(root, TASKS)
     return root
 
 
@@ -156,15 +115,156 @@ def test_latex_tables_compile(study, tmp_path):
     assert result.returncode == 0, result.stdout[-2000:]
 
 
-def test_figures_are_the_same_bytes_twice(study, tmp_path):
-    for name in "ab":
-        write_figures(study, tmp_path / name)
-    made = sorted(path.name for path in (tmp_path / "a").iterdir())
+@pytest.fixture(scope="module")
+def drawn(study, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("figures")
+    write_figures(study, folder)
+    return folder
+
+
+def test_figures_are_the_same_bytes_twice(study, drawn, tmp_path):
+    write_figures(study, tmp_path)
+    made = sorted(path.name for path in drawn.iterdir())
     assert made == sorted(
         f"{name}.{kind}" for name in ("accuracy_vs_gflops", "gain_heatmap", "gap_transfer") for kind in ("pdf", "png")
     )
     for name in made:
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+        assert (drawn / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+VARIANTS = made_up.VARIANTS
+
+
+@pytest.fixture(scope="module")
+def ablation(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ablation")
+    made_up.make(root, TASKS, variants=VARIANTS)
+    return root
+
+
+def test_each_variant_is_compared_and_corrected_as_if_it_were_alone(study, ablation):
+    frame = pd.read_csv(ablation / "significance.csv")
+    assert list(frame.compensator.unique()) == list(VARIANTS)
+    alone = pd.read_csv(study / "significance.csv")
+    pd.testing.assert_frame_equal(frame[frame.compensator == "tocom"].reset_index(drop=True), alone)
+    at = frame[(frame.train_degree == 0) & (frame.infer_degree == 12) & (frame.scope == "real tasks")]
+    gains = at[at.comparison == significance.TOCOM_VS_PLAIN].set_index("compensator").gain
+    assert gains.to_dict() == pytest.approx({"tocom": 6.0, "rank1": 3.0})
+    rivals = at[at.comparison == significance.RANDOM_VS_TOCOM].set_index("compensator").gain
+    assert rivals.to_dict() == pytest.approx({"tocom": 4.0, "rank1": 7.0})
+
+
+def test_cells_name_the_variant_and_the_first_is_the_main_one(ablation):
+    cells = read_cells(ablation / "cells.csv")
+    assert len(cells) == len(TASKS) * 3 * (2 * 3 * 3 + 3)
+    assert (cells.compensated == (cells.compensator != "none")).all()
+    assert main_compensator(cells) == "tocom"
+    assert main_compensator(cells, "rank1") == "rank1"
+    with pytest.raises(TocomError, match="no compensator 'rank2' was evaluated .did you mean 'rank1'"):
+        main_compensator(cells, "rank2")
+
+
+def test_main_tables_and_figures_show_one_variant(study, ablation, drawn, tmp_path):
+    assert make_tables(ablation) == make_tables(study)
+    write_figures(ablation, tmp_path)
+    for path in sorted(drawn.iterdir()):
+        assert path.read_bytes() == (tmp_path / path.name).read_bytes()
+    tests, other = make_tables(ablation)["main"][0], make_tables(ablation, "rank1")["main"][0]
+    assert "+6.0" in tests.markdown()
+    assert "+6.0" not in other.markdown()
+    assert "+3.0" in other.markdown()
+
+
+def test_files_of_before_there_were_variants_are_read_as_before(study, tmp_path):
+    old = gather("made_up", made_up.predictions(tmp_path / "p", [("vit", "tome")], TASKS, {"tocom": 1.0}, old=True))
+    new = read_cells(study / "cells.csv")
+    assert [row["compensator"] for row in old] == new.compensator.tolist()
+    for name in ("cells", "significance", "throughput", "transfer"):
+        frame = pd.read_csv(study / f"{name}.csv", keep_default_na=False)
+        frame.drop(columns="compensator", errors="ignore").to_csv(tmp_path / f"{name}.csv", index=False)
+    before = read_cells(tmp_path / "cells.csv")
+    assert list(before.columns) == list(new.columns)
+    pd.testing.assert_frame_equal(before, new)
+    assert make_tables(tmp_path) == make_tables(study)
+    reference = pd.read_csv(tmp_path / "cells.csv", dtype={"train_degree": str})
+    assert verify.compare(new, reference, 5, 1, 1).identical
+
+
+def test_verify_names_the_variant_whose_gain_differs(ablation):
+    cells = read_cells(ablation / "cells.csv")
+    hit = (cells.compensator == "rank1") & (cells.infer_degree == 12) & (cells.train_degree == "0")
+    verdict = verify.compare(cells.assign(accuracy=cells.accuracy + 0.03 * hit), cells, 5, 5, 1)
+    assert verdict.worst_gain == pytest.approx(3.0)
+    assert len(verdict.problems) == 1
+    assert "rank1" in verdict.problems[0]
+
+
+def names(groups):
+    return [(scope.name, len(scope.tasks)) for scope in significance.group_scopes(groups)]
+
+
+def test_groups_keep_their_order_and_none_appears_twice():
+    natural, special, structured = (f"VTAB-1k {part}" for part in ("natural", "specialised", "structured"))
+    vtab = {"caltech": natural, "dtd": natural, "eurosat": special, "clevr": structured}
+    parts = [(natural, 2), (special, 1), (structured, 1)]
+    assert names(vtab) == [*parts, ("VTAB-1k", 4)]
+    assert names({"cifar100": "CIFAR-100", **vtab}) == [("CIFAR-100", 1), *parts, ("VTAB-1k", 4), ("all tasks", 5)]
+    assert names({"a": "FGVC", "b": "FGVC"}) == [("FGVC", 2)]
+    assert names({"caltech": natural, "cub": "FGVC"}) == [(natural, 1), ("FGVC", 1), ("all tasks", 2)]
+    assert [s.name for s in significance.scopes({"cifar100": "CIFAR-100"})] == ["CIFAR-100"]
+    assert [s.is_group for s in significance.scopes({"a": "FGVC", "b": "FGVC"})] == [True, False, False]
+
+
+def test_a_group_and_a_task_of_one_name_are_told_apart(tmp_path):
+    groups = {"birds": "birds", "gulls": "birds"}
+    made_up.make(tmp_path, groups)
+    made = make_tables(tmp_path, groups=groups)
+    assert [table.title for table in made["main"]] == ["Birds (vit, ToMe)"]
+    assert [table.title for table in made["tasks"]] == ["Birds (vit, ToMe)", "Gulls (vit, ToMe)"]
+    tests = pd.read_csv(tmp_path / "significance.csv")
+    tests = tests[(tests.comparison == significance.TOCOM_VS_PLAIN) & (tests.scope == "birds")]
+    tests = tests[(tests.train_degree == 0) & (tests.infer_degree == 12)].set_index("group")
+    for kind, is_group in (("main", True), ("tasks", False)):
+        assert made[kind][0].rows[2][-1].text == tables.gain_text(tests.loc[is_group])
+    assert made["main"][0].rows[2][-1] != made["tasks"][0].rows[2][-1]
+
+
+def test_the_table_of_a_study_with_one_task_is_the_main_one(tmp_path):
+    made_up.make(tmp_path, {"cifar": "CIFAR-100"})
+    write_tables(tmp_path, tmp_path / "tables", groups={"cifar": "CIFAR-100"})
+    assert (tmp_path / "tables" / "main.md").read_text().count("### CIFAR-100 (vit, ToMe)") == 1
+    assert "its table is the main one" in (tmp_path / "tables" / "tasks.md").read_text()
+    write_figures(tmp_path, tmp_path / "figures", groups={"cifar": "CIFAR-100"})
+
+
+def test_a_condition_that_one_task_lacks_is_not_compared_for_its_group(study, tmp_path):
+    files = made_up.predictions(tmp_path, [("vit", "tome")], TASKS, {"tocom": 1.0})
+    correct = correctness(files)
+    del correct["vit", "tome", "digits", "0", 12, "tocom"]
+    frame = significance.compare(correct, TASKS, resamples=50)
+    at = frame[(frame.train_degree == "0") & (frame.infer_degree == 12)]
+    assert set(at.scope) == {"generated tasks", "mnist5k", "rotation"}
+    with pytest.raises(TocomError, match="nothing to compare"):
+        significance.compare({key: value for key, value in correct.items() if key[5] == "none"}, TASKS)
+
+
+def test_throughput_shows_training_where_it_was_measured(study):
+    plain = pd.read_csv(study / "throughput.csv")
+    assert "training" not in tables.throughput_table(plain).markdown().lower()
+    measured = plain.assign(train_images_per_second=321.4, train_speedup=[1.25, None] * 3)
+    text = tables.throughput_table(measured).markdown()
+    assert "training images/s" in text
+    assert "321" in text
+    assert "1.25×" in text
+    assert text.splitlines()[5].rstrip(" |").endswith("–")
+    assert "not run" in tables.throughput_table(plain.iloc[:0]).markdown()
+
+
+def test_html_tables_escape_what_html_minds():
+    table = tables.Table("a < b", "p < 0.05 & more", ["x", "y"], [[tables.Text("< 1"), tables.Text("2", True)]], "l")
+    assert "<td>&lt; 1</td>" in table.html().replace(" </td>", "</td>")
+    assert "<b>2</b>" in table.html()
+    assert "p &lt; 0.05 &amp; more" in table.html()
 
 
 def test_headline_figures_are_computed_from_the_tables(study):

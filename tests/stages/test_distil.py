@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from tests.small import ARCHITECTURE, KWARGS, build
 from tocom.compensator import Compensator
+from tocom.data.registry import pretraining_files
 from tocom.errors import TocomError
 from tocom.models import create, save_model
 from tocom.settings import DistilSettings
@@ -43,7 +44,7 @@ def test_only_the_compensator_learns_and_the_teacher_is_plain():
         "compensator.up",
     }
     images = normalise(torch.randint(0, 255, (4, 3, 32, 32), dtype=torch.uint8), models[0])
-    loss = distiller(images, 0, 4)
+    loss = distiller.set_degrees(0, 4)(images)
     loss.backward()
     with torch.no_grad():
         teacher = distiller.teacher.set_degree(0)(images)
@@ -95,6 +96,6 @@ def test_a_backbone_of_another_size_needs_its_own_images_and_takes_them(tmp_path
     for number in range(30):
         pixels = rng.integers(0, 255, (50, 60, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / "images" / "deep" / f"{number}.png")
-    about = distil(tmp_path / "b", tmp_path / "c", 4, settings=QUICK, folder=tmp_path / "images")
+    about = distil(tmp_path / "b", tmp_path / "c", 4, settings=QUICK, files=pretraining_files(str(tmp_path / "images")))
     assert about["held_out_kl"] >= 0
     assert Compensator.load(tmp_path / "c").steps == 4

@@ -31,7 +31,8 @@ def checkpoints(backbone, digits, tmp_path_factory):
 
 def run(checkpoints, digits, compensator, output, names=("0",), degrees=(0, 2, 4), settings=SETTINGS):
     outputs = [output / f"{name}.predictions" for name in names]
-    cells = evaluate([checkpoints / name for name in names], digits, compensator, outputs, list(degrees), settings)
+    named = {"tocom": compensator}
+    cells = evaluate([checkpoints / name for name in names], digits, named, outputs, list(degrees), settings)
     return cells, [load_arrays(path) for path in outputs]
 
 

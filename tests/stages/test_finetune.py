@@ -1,17 +1,25 @@
 """Fine-tuning: learns, repeats, resumes exactly, and refuses what cannot work."""
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import tocom.stages.finetune
 import tocom.training
 from tests.small import ARCHITECTURE, KWARGS, QUICK
+from tocom.data.own import OwnSource
 from tocom.data.registry import prepare
 from tocom.errors import TocomError
 from tocom.files import load_tensors
 from tocom.models import create, load_model, save_model
+from tocom.seeds import derive_seed
+from tocom.settings import TuningSettings
+from tocom.stages.common import compressed
 from tocom.stages.finetune import finetune
-from tocom.training import derive_seed, random_shift, resume_path
+from tocom.training import random_shift, resume_path
+
+ALL = {"train": None, "val": None, "test": None}
 
 
 def train(backbone, digits, path, degree=2, **changes):
@@ -45,8 +53,8 @@ def test_a_killed_run_resumes_to_the_same_weights(backbone, digits, tmp_path, mo
     assert resume_path(tmp_path / "resumed").exists()
     epochs = []
     monkeypatch.setattr("tocom.stages.finetune.random_shift", random_shift)
-    real = tocom.training.derive_seed
-    monkeypatch.setattr("tocom.training.derive_seed", lambda *parts: epochs.append(parts[-1]) or real(*parts))
+    real = tocom.training.seed_everything
+    monkeypatch.setattr("tocom.training.seed_everything", lambda *parts: epochs.append(parts[-1]) or real(*parts))
     train(backbone, digits, tmp_path / "resumed", degree, epochs=3)
     assert epochs == [1, 2]
     assert (tmp_path / "resumed").read_bytes() == (tmp_path / "whole").read_bytes()
@@ -102,6 +110,70 @@ def test_a_finished_run_whose_state_was_kept_is_made_again_without_training(back
     monkeypatch.setattr("tocom.stages.finetune.random_shift", None)  # a step of training would fail
     finetune(backbone, digits, tmp_path / "x", 2, 0, settings=QUICK)
     assert (tmp_path / "x").read_bytes() == first
+
+
+def test_a_model_that_is_used_as_it_is_is_only_scored_and_described(backbone, digits, tmp_path):
+    trained = train(backbone, digits, tmp_path / "elsewhere.safetensors", 2)
+    as_it_is = QUICK.model_copy(update={"tuning": TuningSettings(mode="none")})
+    about = finetune(
+        backbone, digits, tmp_path / "x", 2, 0, settings=as_it_is, fine_tuned=tmp_path / "elsewhere.safetensors"
+    )
+    before, after = (load_tensors(tmp_path / name) for name in ("elsewhere.safetensors", "x"))
+    assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
+    assert about["val_accuracy"] == pytest.approx(trained["val_accuracy"])
+    assert after[1]["backbone_sha256"] == before[1]["backbone_sha256"]
+    with pytest.raises(TocomError, match="classifier for 41 classes, the task has 10"):
+        finetune(backbone, digits, tmp_path / "y", 0, 0, settings=as_it_is)
+    with pytest.raises(TocomError, match=r"set finetune\.tuning\.mode"):
+        finetune(backbone, digits, tmp_path / "y", 2, 0, settings=QUICK, fine_tuned=tmp_path / "elsewhere.safetensors")
+    assert not (tmp_path / "y").exists()
+
+
+@pytest.mark.parametrize("mode", ["head", "adaptformer", "lora"])
+def test_tuned_models_learn_and_can_be_loaded_and_run_at_other_degrees(backbone, digits, tmp_path, mode):
+    settings = QUICK.model_copy(update={"tuning": TuningSettings(mode=mode, adapter_width=4, lora_rank=2), "lr": 5e-3})
+    finetune(backbone, digits, tmp_path / "x", 2, 0, settings=settings)
+    (original, _), (tuned, meta) = load_model(backbone), load_model(tmp_path / "x")
+    changed = {
+        name.replace(".mlp.mlp.", ".mlp.")
+        for name, value in tuned.state_dict().items()
+        if name not in original.state_dict() or not torch.equal(value, original.state_dict()[name])
+    }
+    frozen = {name for name in changed if "norm" in name or "embed" in name or "token" in name or "proj" in name}
+    assert not frozen
+    assert any(name.startswith("head.") for name in changed)
+    assert any("blocks" in name for name in changed) == (mode != "head")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        logits = [compressed(tuned, meta, "tome", 0).eval().set_degree(degree)(images) for degree in (0, 4)]
+    assert logits[0].shape == (2, 10)
+    assert not torch.equal(*logits)
+
+
+@pytest.mark.parametrize("storage", ["files", "arrays"])
+def test_augmentation_by_timm_does_not_depend_on_the_number_of_workers(backbone, tmp_path, storage):
+    rng = np.random.default_rng(0)
+    for split, number in (("train", 12), ("test", 4)):
+        for name in ("cat", "dog"):
+            (tmp_path / "pets" / split / name).mkdir(parents=True)
+            for index in range(number):
+                pixels = rng.integers(0, 255, (40, 48, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "pets" / split / name / f"{index}.png")
+    if storage == "files":
+        source = OwnSource(folder=str(tmp_path / "pets"))
+        prepare("pets", tmp_path / "data", ALL | {"val": 8}, 32, source, decode_train=False)
+    else:
+        prepare("digits", tmp_path / "data", {"train": 16, "val": 10, "test": 10}, decode_train=False)
+    strong = {"augmentation": "timm", "mixup": 0.8, "cutmix": 1.0, "batch_size": 8}
+    for workers in (0, 2):
+        settings = QUICK.model_copy(update=strong | {"workers": workers})
+        finetune(backbone, tmp_path / "data", tmp_path / f"{workers}", 2, 0, settings=settings)
+    assert (tmp_path / "0").read_bytes() == (tmp_path / "2").read_bytes()
+
+
+def test_mixing_needs_batches_that_pair_off(backbone, digits, tmp_path):
+    with pytest.raises(TocomError, match="mix pairs"):
+        train(backbone, digits, tmp_path / "x", mixup=0.8, augmentation="timm", batch_size=15)
 
 
 def test_images_of_another_size_are_refused(digits, tmp_path):

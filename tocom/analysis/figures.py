@@ -12,9 +12,9 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from tocom.analysis.significance import TOCOM_VS_PLAIN
+from tocom.analysis.significance import ALL, TOCOM_VS_PLAIN, scopes
 from tocom.analysis.stats import stars
-from tocom.analysis.tables import members, signed
+from tocom.analysis.tables import signed
 from tocom.settings import NO_GAP, RANDOM
 
 #: Metadata without dates, so that the same numbers give the same bytes.
@@ -27,18 +27,21 @@ def style() -> None:
     plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 160, "pdf.fonttype": 42, "font.family": "DejaVu Sans"})
 
 
-def accuracy_vs_gflops(cells: pd.DataFrame, kinds: dict[str, str]) -> Figure:
-    """Draw accuracy against cost for each train degree, with and without ToCom; bands are one sd over seeds."""
+def accuracy_vs_gflops(cells: pd.DataFrame, groups: dict[str, str]) -> Figure:
+    """Draw accuracy against cost for each train degree, with and without ToCom; bands are one sd over seeds.
+
+    Args:
+        cells: the rows of one backbone, one compressor and one compensator. groups: task -> its group's name.
+    """
     style()
-    groups = list(dict.fromkeys(kinds.values()))
-    panels = [*[f"{kind} tasks" for kind in groups], *kinds]
+    panels = [scope for scope in scopes(groups) if scope.name != ALL]
     columns = min(3, len(panels))
     rows = -(-len(panels) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.0 * columns, 3.1 * rows), squeeze=False, layout="constrained")
     trains = sorted((t for t in cells.train_degree.unique() if t != RANDOM), key=int)
     colours = dict(zip(trains, sns.color_palette("viridis", len(trains) + 1), strict=False))
     for axis, scope in zip(axes.flat, panels, strict=False):
-        mine = cells[cells.task.isin(members(scope, kinds))]
+        mine = cells[cells.task.isin(scope.tasks)]
         mean = mine.groupby(["train_degree", "infer_degree", "compensated", "seed"], as_index=False)[
             ["accuracy", "gflops"]
         ].mean()
@@ -53,7 +56,7 @@ def accuracy_vs_gflops(cells: pd.DataFrame, kinds: dict[str, str]) -> Figure:
         axis.scatter(
             matched.gflops, 100 * matched.accuracy, marker="*", s=90, color="crimson", zorder=5, label="matched"
         )
-        axis.set(title=scope, xlabel="GFLOPs", ylabel="test accuracy (%)")
+        axis.set(title=scope.name, xlabel="GFLOPs", ylabel="test accuracy (%)")
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     handles, labels = axes.flat[0].get_legend_handles_labels()
@@ -74,7 +77,11 @@ def _line(axis, mean: pd.DataFrame, train: str, compensated: bool, label: str, *
 
 
 def gain_heatmap(significance: pd.DataFrame) -> Figure:
-    """Draw the gain of ToCom over train and inference degrees, for each group of tasks; stars are corrected."""
+    """Draw the gain of ToCom over train and inference degrees, for each group of tasks; stars are corrected.
+
+    Args:
+        significance: the rows of one backbone, one compressor and one compensator.
+    """
     style()
     chosen = significance[(significance.comparison == TOCOM_VS_PLAIN) & significance.group]
     scopes = list(dict.fromkeys(chosen.scope))

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from tocom.analysis.significance import REAL, TOCOM_VS_PLAIN
+from tocom.analysis.significance import TOCOM_VS_PLAIN
+from tocom.data.registry import REAL
 from tocom.errors import TocomError
 from tocom.settings import RANDOM
 

@@ -6,8 +6,8 @@ Two comparisons are made at every (train degree, inference degree) with a mismat
 - ``random_vs_tocom``: models fine-tuned at degrees drawn at random (which each fine-tuning has to pay for) against
   models fine-tuned at one degree with ToCom added.
 
-Each is made for every task and for groups of tasks (``real tasks``, ``generated tasks``, ``all tasks``). See
-docs/statistics.md for the question that each test answers.
+Each is made for every variant of the compensator, for every task and for groups of tasks (such as ``real tasks``,
+``FGVC`` or ``all tasks``). See docs/statistics.md for the question that each test answers.
 """
 
 from __future__ import annotations
@@ -19,86 +19,112 @@ import numpy as np
 import pandas as pd
 
 from tocom.analysis import stats
-from tocom.analysis.cells import Condition
+from tocom.analysis.cells import PLAIN, Condition
+from tocom.errors import TocomError
 from tocom.settings import RANDOM
 
 TOCOM_VS_PLAIN, RANDOM_VS_TOCOM = "tocom_vs_plain", "random_vs_tocom"
-REAL, GENERATED, ALL = "real tasks", "generated tasks", "all tasks"
+#: The group of all tasks, and that of the 19 tasks whose three parts are groups of their own.
+ALL, VTAB = "all tasks", "VTAB-1k"
 #: p-value column -> which observations are the exchangeable units of the test.
 TESTS = {"p_images": "images", "p_seeds": "seeds", "p_tasks": "tasks"}
 
 
 @dataclass(frozen=True)
 class Scope:
-    """A task or a group of tasks: its name in tables and its members."""
+    """A task or a group of tasks: its name in tables, its members, and which of the two it is."""
 
     name: str
     tasks: tuple[str, ...]
+    is_group: bool
 
     @property
-    def is_group(self) -> bool:
-        """Whether it averages over tasks."""
-        return self.name in (REAL, GENERATED, ALL)
+    def title(self) -> str:
+        """The name as a heading starts with it."""
+        return self.name[:1].upper() + self.name[1:]
 
 
-def scopes(kinds: dict[str, str]) -> list[Scope]:
-    """Return every group of tasks, then every task.
+def group_scopes(groups: dict[str, str]) -> list[Scope]:
+    """Return every group in order of appearance, then those that span several: VTAB-1k and all tasks.
+
+    No two have the same members.
 
     Args:
-        kinds: task -> "real" or "generated", in the order of the tables.
+        groups: task -> its group's name.
     """
-    groups = {REAL: "real", GENERATED: "generated"}
-    members = {name: tuple(task for task, kind in kinds.items() if kind == wanted) for name, wanted in groups.items()}
-    result = [Scope(name, tasks) for name, tasks in members.items() if tasks]
-    if len(result) > 1:
-        result.append(Scope(ALL, tuple(kinds)))
-    return result + [Scope(task, (task,)) for task in kinds]
+    members: dict[str, tuple[str, ...]] = {}
+    for task, group in groups.items():
+        members[group] = (*members.get(group, ()), task)
+    parts = [name for name in members if name.startswith(f"{VTAB} ")]
+    wider = {VTAB: tuple(task for name in parts for task in members[name])} if len(parts) > 1 else {}
+    if len(members) > 1 and len(wider.get(VTAB, ())) < len(groups):
+        wider[ALL] = tuple(groups)
+    return [Scope(name, tasks, True) for name, tasks in (members | wider).items()]
+
+
+def scopes(groups: dict[str, str]) -> list[Scope]:
+    """Return every group of tasks, then every task; a task that is the whole study is its group alone."""
+    tasks = [Scope(task, (task,), False) for task in groups]
+    return group_scopes(groups) + (tasks if len(tasks) > 1 else [])
 
 
 def compare(
     correct: dict[Condition, np.ndarray],
-    kinds: dict[str, str],
+    groups: dict[str, str],
     resamples: int = 2_000,
 ) -> pd.DataFrame:
     """Make every comparison and correct each family of p-values by Holm's method.
 
-    A family is a backbone and compressor, one comparison, and either all groups of tasks (the main table) or all single
-    tasks (the table of tasks).
+    A family is a backbone and compressor, a compensator, one comparison, and either all groups of tasks (the main
+    table) or all single tasks (the table of tasks). A comparison for which a task lacks a condition is left out.
 
     Args:
-        correct: condition -> which images were right [seeds, images] bool.
-        kinds: task -> "real" or "generated".
+        correct: condition -> which images were right [seeds, images] bool; variants in the order of the tables.
+        groups: task -> its group's name, in the order of the tables.
 
     Returns:
         A row a comparison: accuracies in percent; gain, low and high in points; the share of the gap to the
         matched-degree model that is closed; p-values, raw and corrected.
+
+    Raises:
+        TocomError: no model was evaluated with a compensator at another degree than its own.
     """
     rows = []
     for backbone, compressor in sorted({key[:2] for key in correct}):
         mine = {key[2:]: value for key, value in correct.items() if key[:2] == (backbone, compressor)}
-        for scope in scopes(kinds):
-            for comparison, before, after in _pairs(mine):
-                row = _compare_one(mine, scope, before, after, resamples)
-                rows.append({"backbone": backbone, "compressor": compressor, "comparison": comparison} | row)
+        model = {"backbone": backbone, "compressor": compressor}
+        for scope in scopes(groups):
+            for about, before, after in _pairs(mine):
+                if all((task, *condition) in mine for task in scope.tasks for condition in (before, after)):
+                    rows.append(model | about | _compare_one(mine, scope, before, after, resamples))
+    if not rows:
+        raise TocomError("nothing to compare: no task has a model with a compensator at another degree than its own")
     frame = pd.DataFrame(rows)
-    family = ["backbone", "compressor", "comparison", "group"]
+    family = ["backbone", "compressor", "comparison", "compensator", "group"]
     for name in TESTS:
         frame[f"{name}_holm"] = frame.groupby(family)[name].transform(lambda p: stats.holm(p.to_numpy()))
     return frame
 
 
-Short = tuple[str, int, bool]  # train degree, inference degree, compensated
+Short = tuple[str, int, str]  # train degree, inference degree, compensator
 
 
-def _pairs(mine: dict) -> list[tuple[str, Short, Short]]:
-    conditions = {key[1:] for key in mine}
+def _pairs(mine: dict) -> list[tuple[dict[str, str], Short, Short]]:
+    conditions = dict.fromkeys(key[1:] for key in mine)
+    variants = dict.fromkeys(compensator for _, _, compensator in conditions if compensator != PLAIN)
+    return [pair for variant in variants for pair in _pairs_of(variant, conditions)]
+
+
+def _pairs_of(variant: str, conditions: dict[Short, None]) -> list[tuple[dict[str, str], Short, Short]]:
     mismatched = sorted(
-        ((train, infer) for train, infer, compensated in conditions if compensated and train != str(infer)),
+        ((train, infer) for train, infer, compensator in conditions if compensator == variant and train != str(infer)),
         key=lambda pair: (int(pair[0]), pair[1]),
     )
-    pairs = [(TOCOM_VS_PLAIN, (train, infer, False), (train, infer, True)) for train, infer in mismatched]
-    rivals = [(train, infer) for train, infer in mismatched if (RANDOM, infer, False) in conditions]
-    return pairs + [(RANDOM_VS_TOCOM, (train, infer, True), (RANDOM, infer, False)) for train, infer in rivals]
+    about = {"comparison": TOCOM_VS_PLAIN, "compensator": variant}
+    pairs = [(about, (train, infer, PLAIN), (train, infer, variant)) for train, infer in mismatched]
+    about = {"comparison": RANDOM_VS_TOCOM, "compensator": variant}
+    rivals = [(train, infer) for train, infer in mismatched if (RANDOM, infer, PLAIN) in conditions]
+    return pairs + [(about, (train, infer, variant), (RANDOM, infer, PLAIN)) for train, infer in rivals]
 
 
 def _compare_one(mine: dict, scope: Scope, before: Short, after: Short, resamples: int) -> dict:
@@ -120,15 +146,20 @@ def _compare_one(mine: dict, scope: Scope, before: Short, after: Short, resample
         "gain": by_task_and_seed.mean(),
         "low": low,
         "high": high,
-        "p_images": stats.pooled_sign_flip_test(difference) if scope.is_group else stats.sign_flip_test(difference[0]),
+        "p_images": _image_test(difference),
         "p_seeds": stats.seed_test(by_task_and_seed.mean(axis=0)),
         "p_tasks": stats.task_test(by_task_and_seed.mean(axis=1)) if scope.is_group else np.nan,
     }
     return row | _gap(mine, scope, a, b, infer, resamples)
 
 
+def _image_test(difference: Sequence[np.ndarray]) -> float:
+    """Return the exact p-value for one task, the Monte Carlo one for the mean over several."""
+    return stats.sign_flip_test(difference[0]) if len(difference) == 1 else stats.pooled_sign_flip_test(difference)
+
+
 def _gap(mine: dict, scope: Scope, a: Sequence, b: Sequence, infer: int, resamples: int) -> dict:
-    keys = [(task, str(infer), infer, False) for task in scope.tasks]
+    keys = [(task, str(infer), infer, PLAIN) for task in scope.tasks]
     if not all(key in mine for key in keys):
         return dict.fromkeys(("accuracy_matched", "gap_closed", "gap_low", "gap_high"), np.nan)
     matched = [mine[key] for key in keys]

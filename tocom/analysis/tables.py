@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 
 import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
-from tocom.analysis.significance import ALL, GENERATED, REAL, TOCOM_VS_PLAIN
+from tocom.analysis.grid import Grid
+from tocom.analysis.significance import TOCOM_VS_PLAIN, Scope
 from tocom.analysis.stats import stars
 from tocom.settings import RANDOM
 
-METHOD = {"tome": "ToMe", "evit": "EViT", "evit_fuse": "EViT (fused)"}
+METHOD = {"tome": "ToMe", "tome_mlp": "ToMe before the MLP", "evit": "EViT", "evit_fuse": "EViT (fused)"}
+#: Optional columns of throughput.csv -> their heading and how their numbers are written.
+TRAINING = {
+    "train_images_per_second": ("training images/s", "{:.0f}"),
+    "train_speedup": ("training speed-up", "{:.2f}×"),
+}
 #: A cell that the study did not run.
 NOT_RUN = "not run"
 
@@ -45,9 +53,9 @@ class Table:
 
     def html(self) -> str:
         """Return a heading, an HTML table and the caption."""
-        rows = [[f"<b>{cell.text}</b>" if cell.bold else cell.text for cell in row] for row in self.rows]
-        body = tabulate(rows, self.header, tablefmt="unsafehtml", disable_numparse=True)
-        return f"<h3>{self.title}</h3>\n{body}\n<p>{self.caption}</p>\n"
+        rows = [[f"<b>{escape(c.text)}</b>" if c.bold else escape(c.text) for c in row] for row in self.rows]
+        body = tabulate(rows, map(escape, self.header), tablefmt="unsafehtml", disable_numparse=True)
+        return f"<h3>{escape(self.title)}</h3>\n{body}\n<p>{escape(self.caption)}</p>\n"
 
     def latex(self) -> str:
         """Return a table environment that needs the packages booktabs and graphicx."""
@@ -59,7 +67,7 @@ class Table:
             body = _rule_before(body, number)
         return (
             "\\begin{table}\n\\centering\n"
-            f"\\caption{{{_tex(self.title)}. {_tex(self.caption)}}}\n\\label{{tab:{self.label}}}\n"
+            f"\\caption{{{_tex(self.title)}. {_tex(self.caption)}}}\n\\label{{tab:{_name(self.label)}}}\n"
             f"\\resizebox{{\\linewidth}}{{!}}{{%\n{body.rstrip()}}}\n\\end{{table}}\n"
         )
 
@@ -94,6 +102,11 @@ def _tex(text: str, bold: bool = False) -> str:
     return f"\\textbf{{{escaped}}}" if bold else escaped
 
 
+def _name(label: str) -> str:
+    """Return a label without what LaTeX minds in one."""
+    return re.sub(r"[^\w.:-]+", "-", label, flags=re.ASCII)
+
+
 def _rule_before(body: str, row: int) -> str:
     lines = body.split("\n")
     start = lines.index("\\midrule") + 1
@@ -110,77 +123,157 @@ def gain_text(row: pd.Series) -> str:
     return f"{signed(row.gain)} [{signed(row.low)}, {signed(row.high)}]{stars(row.p_images_holm)}"
 
 
-def members(scope: str, kinds: dict[str, str]) -> list[str]:
-    """Return the tasks of a group, or the task itself.
+def accuracy_text(by_seed: pd.Series, planned: int, bold: bool = False) -> Text:
+    """Return mean ± standard deviation over seeds, with the number of seeds if not all that were planned were run."""
+    if by_seed.empty:
+        return Text(NOT_RUN)
+    spread = f" ± {by_seed.std(ddof=1):.1f}" if len(by_seed) > 1 else ""
+    partly = f" ({len(by_seed)} of {planned} seeds)" if len(by_seed) < planned else ""
+    return Text(f"{by_seed.mean():.1f}{spread}{partly}", bold)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The same models at one pair of degrees, with and without the compensator.
+
+    Attributes:
+        plain, ours: accuracy in percent by seed; empty where it was not run.
+        test: the row of significance.csv that compares them, or None if there is none.
+    """
+
+    train: str
+    infer: int
+    plain: pd.Series
+    ours: pd.Series
+    test: pd.Series | None
+
+    @property
+    def is_run(self) -> bool:
+        """Whether both were evaluated for a common seed."""
+        return not self.plain.index.intersection(self.ours.index).empty
+
+    def gain(self) -> Text:
+        """Return the gain with interval and stars if it was tested, and a dash where the degrees are the same."""
+        if not self.is_run:
+            return Text(NOT_RUN)
+        if self.train == str(self.infer):
+            return Text("–")
+        return Text(signed((self.ours - self.plain).mean()) if self.test is None else gain_text(self.test))
+
+
+@dataclass(frozen=True)
+class Results:
+    """What was measured for one scope with one backbone, one compressor and at most one compensator.
+
+    Attributes:
+        accuracies: (train degree, inference degree, compensated) -> percent, averaged over tasks, by seed.
+        tests: (train degree, inference degree) -> row of significance.csv.
+    """
+
+    accuracies: dict[tuple[str, int, bool], pd.Series]
+    tests: dict[tuple[str, int], pd.Series]
+
+    @classmethod
+    def of(cls, cells: pd.DataFrame, significance: pd.DataFrame, scope: Scope) -> Results:
+        """Average over the tasks of a scope; a seed that lacks a task does not count.
+
+        Args:
+            cells, significance: the rows of that backbone, compressor and compensator.
+        """
+        condition = ["train_degree", "infer_degree", "compensated"]
+        mine = cells[cells.task.isin(scope.tasks)]
+        by_task = mine.pivot(index=[*condition, "seed"], columns="task", values="accuracy")
+        mean = 100 * by_task.reindex(columns=list(scope.tasks)).astype(float).dropna().mean(axis=1)
+        tests = significance[
+            (significance.comparison == TOCOM_VS_PLAIN)
+            & (significance.scope == scope.name)
+            & (significance.group == scope.is_group)
+        ]
+        return cls(
+            {key: by_seed.droplevel(condition) for key, by_seed in mean.groupby(level=condition)},
+            {(row.train_degree, row.infer_degree): row for _, row in tests.iterrows()},
+        )
+
+    def accuracy(self, train: str, infer: int, compensated: bool = False) -> pd.Series:
+        """Return the accuracy in percent by seed, empty where it was not run."""
+        return self.accuracies.get((train, infer, compensated), pd.Series(dtype=float))
+
+    def pair(self, train: str, infer: int) -> Pair:
+        """Return what one pair of degrees gave, with and without the compensator."""
+        plain, ours = (self.accuracy(train, infer, compensated) for compensated in (False, True))
+        return Pair(train, infer, plain, ours, self.tests.get((train, infer)))
+
+
+def pair_rows(pairs: Sequence[Pair], method: str, seeds: int, first: str) -> list[list[Text]]:
+    """Return three lines, a column a pair: plain accuracy, that with the compensator, and the gain.
 
     Args:
-        scope: a group's or a task's name. kinds: task -> "real" or "generated".
+        method: name of the compressor. seeds: how many were planned. first: what the first column says.
     """
-    wanted = {REAL: ("real",), GENERATED: ("generated",), ALL: ("real", "generated")}.get(scope)
-    return [scope] if wanted is None else [task for task, kind in kinds.items() if kind in wanted]
-
-
-def accuracy(cells: pd.DataFrame, tasks: Sequence[str], train: str, infer: int, compensated: bool) -> np.ndarray:
-    """Return the accuracy in percent, averaged over tasks, for each seed; empty if it was not run."""
-    chosen = cells[
-        cells.task.isin(tasks)
-        & (cells.train_degree == train)
-        & (cells.infer_degree == infer)
-        & (cells.compensated == compensated)
+    plain = [accuracy_text(p.plain, seeds, p.is_run and p.plain.mean() > p.ours.mean()) for p in pairs]
+    ours = [accuracy_text(p.ours, seeds, p.is_run and p.plain.mean() < p.ours.mean()) for p in pairs]
+    return [
+        [Text(first), Text(method), *plain],
+        [Text(""), Text(f"{method} + ToCom"), *ours],
+        [Text(""), Text("gain"), *[p.gain() for p in pairs]],
     ]
-    return 100 * chosen.groupby("seed").accuracy.mean().to_numpy()
 
 
-def _mean_text(values: np.ndarray, bold: bool = False) -> Text:
-    if not len(values):
-        return Text(NOT_RUN)
-    spread = f" ± {values.std(ddof=1):.1f}" if len(values) > 1 else ""
-    return Text(f"{values.mean():.1f}{spread}", bold)
+#: What the captions of all tables with gains say of them.
+GAIN_CAPTION = (
+    "Gain: points with a 95 % bootstrap interval over images and seeds; * p < 0.05, ** p < 0.01, *** p < 0.001, paired "
+    "sign-flip test on images, Holm-corrected."
+)
+
+
+def averages(scope: Scope, seeds: int) -> str:
+    """Return what the numbers of a table average over, for its caption."""
+    over_tasks = f" of the mean over {', '.join(scope.tasks)}" if len(scope.tasks) > 1 else ""
+    return f"mean ± standard deviation over {seeds} seeds{over_tasks}"
 
 
 def degree_table(
-    cells: pd.DataFrame, significance: pd.DataFrame, scope: str, kinds: dict[str, str], title: str, label: str
+    cells: pd.DataFrame,
+    significance: pd.DataFrame,
+    scope: Scope,
+    grid: Grid,
+    compressor: str,
+    title: str,
+    label: str,
 ) -> Table:
     """Return the paper's table for one task or group: train degrees down, inference degrees across.
 
     Args:
-        cells, significance: the rows of one backbone and compressor.
-        kinds: task -> "real" or "generated".
+        cells, significance: the rows of one backbone, one compressor and at most one compensator.
+        grid: the degrees and seeds to show; what the cells lack of them is "not run".
     """
-    tasks = members(scope, kinds)
-    infer = sorted(cells.infer_degree.unique())
-    trains = sorted((t for t in cells.train_degree.unique() if t != RANDOM), key=int)
-    compressor = cells.compressor.iloc[0]
+    results = Results.of(cells, significance, scope)
+    infer = sorted(grid.infer_degrees)
     method = METHOD.get(compressor, compressor)
-    gains = significance[(significance.scope == scope) & (significance.comparison == TOCOM_VS_PLAIN)]
-    gains = gains.set_index([gains.train_degree.astype(str), "infer_degree"])
+    n_seeds = len(grid.seeds)
     rows, rules = [], []
-    for train in trains:
+    for train in grid.fixed_train_degrees:
         if rows:
             rules.append(len(rows))
-        plain, ours = ([accuracy(cells, tasks, train, n, c) for n in infer] for c in (False, True))
-        better = [len(p) and p.mean() > o.mean() for p, o in zip(plain, ours, strict=True)]
-        worse = [len(p) and p.mean() < o.mean() for p, o in zip(plain, ours, strict=True)]
-        rows.append([Text(train), Text(method), *map(_mean_text, plain, better)])
-        rows.append([Text(""), Text(f"{method} + ToCom"), *map(_mean_text, ours, worse)])
-        changes = [Text(gain_text(gains.loc[(train, n)])) if (train, n) in gains.index else Text("–") for n in infer]
-        rows.append([Text(""), Text("gain"), *changes])
+        pairs = [results.pair(train, n) for n in infer]
+        rows += pair_rows(pairs, method, n_seeds, train)
     rules.append(len(rows))
-    if RANDOM in set(cells.train_degree):
-        rival = [_mean_text(accuracy(cells, tasks, RANDOM, n, False)) for n in infer]
-        rows.append([Text(RANDOM), Text(method), *rival])
-    rows.append([Text("matched"), Text(method), *[_mean_text(accuracy(cells, tasks, str(n), n, False)) for n in infer]])
-    costs = cells[cells.task.isin(tasks)].groupby("infer_degree").gflops.mean()
-    header = ["train degree", "method", *[f"{n} ({costs[n]:.3g} GFLOPs)" for n in infer]]
-    n_seeds = cells.seed.nunique()
+
+    def plain(trains: Sequence[str]) -> list[Text]:
+        found = [results.accuracy(train, n) for train, n in zip(trains, infer, strict=True)]
+        return [accuracy_text(by_seed, n_seeds) for by_seed in found]
+
+    if RANDOM in grid.train_degrees:
+        rows.append([Text(RANDOM), Text(method), *plain([RANDOM] * len(infer))])
+    rows.append([Text("matched"), Text(method), *plain([str(n) for n in infer])])
+    costs = cells[cells.task.isin(scope.tasks)].groupby("infer_degree").gflops.mean()
+    header = [f"{n} ({costs[n]:.3g} GFLOPs)" if n in costs.index else str(n) for n in infer]
     caption = (
-        f"Test accuracy in % at each inference degree, mean ± standard deviation over {n_seeds} seeds"
-        f"{' of the mean over ' + ', '.join(tasks) if len(tasks) > 1 else ''}. "
-        "Bold: the better of the pair with and without ToCom. Gain: points with a 95 % bootstrap interval over images "
-        "and seeds; * p < 0.05, ** p < 0.01, *** p < 0.001, paired sign-flip test on images, Holm-corrected. "
+        f"Test accuracy in % at each inference degree, {averages(scope, n_seeds)}. "
+        f"Bold: the better of the pair with and without ToCom. {GAIN_CAPTION} "
         "random: a degree drawn for every training step. matched: trained at the degree it runs at, the ceiling."
     )
-    return Table(title, caption, header, rows, label, tuple(rules))
+    return Table(title, caption, ["train degree", "method", *header], rows, label, tuple(rules))
 
 
 def significance_table(significance: pd.DataFrame, label: str = "significance") -> Table:
@@ -194,7 +287,7 @@ def significance_table(significance: pd.DataFrame, label: str = "significance") 
             Text(names.get(row.comparison, "random over +ToCom")),
             Text(f"{row.scope}, {row.train_degree} → {row.infer_degree}"),
             Text(gain_text(row)),
-            *[Text(_p_text(getattr(row, f"p_{unit}_holm"))) for unit in ("images", "seeds", "tasks")],
+            *[Text(p_text(getattr(row, f"p_{unit}_holm"))) for unit in ("images", "seeds", "tasks")],
             Text(_share_text(row) if row.comparison == TOCOM_VS_PLAIN else "–"),
         ]
         for _, row in chosen.iterrows()
@@ -208,7 +301,8 @@ def significance_table(significance: pd.DataFrame, label: str = "significance") 
     return Table("Tests at the largest mismatch", caption, header, rows, label)
 
 
-def _p_text(p: float) -> str:
+def p_text(p: float) -> str:
+    """Return a p-value, or a dash where it is undefined."""
     return "–" if np.isnan(p) else "< 0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
@@ -220,27 +314,36 @@ def _share_text(row: pd.Series) -> str:
 
 
 def throughput_table(throughput: pd.DataFrame, label: str = "throughput") -> Table:
-    """Return images a second, speed-up, memory and the cost of ToCom once it is folded in."""
+    """Return images a second, speed-up, memory and the cost of ToCom once it is folded in.
+
+    Args:
+        throughput: the rows of one backbone and compressor; the columns train_images_per_second and train_speedup may
+            be absent or empty.
+    """
+    header = ["degree", "method", "GFLOPs", "images/s", "speed-up", "time ratio", "memory (MB)"]
+    if throughput.empty:
+        return Table("Throughput", "Nothing was measured.", header, [[Text(NOT_RUN)] * len(header)], label)
+    trained = [name for name in TRAINING if name in throughput.columns and throughput[name].notna().any()]
     rows = []
     for _, row in throughput.iterrows():
         method = METHOD.get(row.compressor, row.compressor)
         ratio = f"{row.ratio:.3f} [{row.ratio_low:.3f}, {row.ratio_high:.3f}]" if row.compensated else "–"
-        rows.append(
-            [
-                Text(str(row.infer_degree)),
-                Text(f"{method} + ToCom" if row.compensated else method),
-                Text(f"{row.gflops:.4f}"),
-                Text(f"{row.images_per_second:.0f}"),
-                Text(f"{row.speedup:.2f}×"),
-                Text(ratio),
-                Text(f"{row.memory_mb:.1f}"),
-            ]
-        )
+        measured = [
+            str(row.infer_degree),
+            f"{method} + ToCom" if row.compensated else method,
+            f"{row.gflops:.4f}",
+            f"{row.images_per_second:.0f}",
+            f"{row.speedup:.2f}×",
+            ratio,
+            f"{row.memory_mb:.1f}",
+            *["–" if pd.isna(row[name]) else TRAINING[name][1].format(row[name]) for name in trained],
+        ]
+        rows.append([Text(text) for text in measured])
     first = throughput.iloc[0]
     caption = (
         f"Batches of {first.batch_size} on {first.device}, {first.threads} thread(s), {first.repeats} rounds in which "
         "all models take turns. Speed-up: over the uncompressed model. Ratio: time with ToCom folded in over time "
         "without, median and quartiles over rounds. Memory: peak of one forward pass."
+        + (" Training: forward, backward and optimiser step at that degree." if trained else "")
     )
-    header = ["degree", "method", "GFLOPs", "images/s", "speed-up", "time ratio", "memory (MB)"]
-    return Table("Throughput", caption, header, rows, label)
+    return Table("Throughput", caption, [*header, *[TRAINING[name][0] for name in trained]], rows, label)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from tocom.analysis.cells import KEYS
+from tocom.analysis.cells import KEYS, PLAIN, with_compensator
 from tocom.errors import TocomError
 
 _KEYS = list(KEYS)
@@ -31,12 +31,14 @@ def compare(
 
     The same machine and versions give identical cells. Another processor rounds differently, and training then
     takes another path, as with another seed: so one cell may differ by ``cell_points``, while the mean of a
-    condition (train degree, inference degree, with or without ToCom) over tasks and seeds may by ``mean_points``,
-    and the mean gain of ToCom, which is paired and so less noisy, by ``gain_points``.
+    condition (train degree, inference degree, compensator) over tasks and seeds may by ``mean_points``,
+    and the mean gain of ToCom, which is paired and so less noisy, by ``gain_points``. Identical are tables that are
+    equal in all columns that both have: a reference may be older than a column.
 
     Raises:
         TocomError: a cell is in one table only.
     """
+    fresh, reference = (with_compensator(frame, after="compensated") for frame in (fresh, reference))
     joined = fresh.merge(reference, on=_KEYS, how="outer", suffixes=("", "_reference"), indicator=True)
     alone = joined[joined._merge != "both"]
     if len(alone):
@@ -45,10 +47,10 @@ def compare(
             f"{len(alone)} cells are in one table only; the first is in {where} alone: {_key_text(alone.iloc[0])}"
         )
     joined["points"] = 100 * (joined.accuracy - joined.accuracy_reference)
-    condition = ["backbone", "compressor", "train_degree", "infer_degree", "compensated"]
+    condition = ["backbone", "compressor", "train_degree", "infer_degree", "compensator"]
     means = joined.groupby(condition).points.mean().abs()
-    gains = joined.groupby([*condition[:-1], "compensated"]).points.mean().unstack()
-    gains = (gains[True] - gains[False]).dropna().abs()
+    by_variant = joined.groupby(condition).points.mean().unstack()
+    gains = by_variant.drop(columns=PLAIN).sub(by_variant[PLAIN], axis=0).stack().dropna().abs()
     worst_cell = joined.points.abs()
     problems = [
         f"cell {_key_text(joined.loc[i])}: {joined.loc[i, 'points']:+.2f} points"
@@ -61,7 +63,8 @@ def compare(
 
 
 def _same(fresh: pd.DataFrame, reference: pd.DataFrame) -> bool:
-    ordered = [frame.sort_values(_KEYS).reset_index(drop=True) for frame in (fresh, reference)]
+    common = [name for name in fresh.columns if name in reference.columns]
+    ordered = [frame[common].sort_values(_KEYS).reset_index(drop=True) for frame in (fresh, reference)]
     return ordered[0].equals(ordered[1])
 
 

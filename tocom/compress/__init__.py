@@ -5,10 +5,11 @@ from __future__ import annotations
 from tocom.compress.base import Attention, Compressor
 from tocom.compress.evit import EViT
 from tocom.compress.tome import ToMe
+from tocom.compress.tome_mlp import ToMeMLP
 from tocom.errors import TocomError, suggest
 
 #: Name -> a function that makes the compressor.
-COMPRESSORS = {"tome": ToMe, "evit": EViT, "evit_fuse": lambda: EViT(fuse=True)}
+COMPRESSORS = {"tome": ToMe, "evit": EViT, "evit_fuse": lambda: EViT(fuse=True), "tome_mlp": ToMeMLP}
 
 
 def make_compressor(name: str) -> Compressor:
@@ -22,4 +23,4 @@ def make_compressor(name: str) -> Compressor:
     return COMPRESSORS[name]()
 
 
-__all__ = ["COMPRESSORS", "Attention", "Compressor", "EViT", "ToMe", "make_compressor"]
+__all__ = ["COMPRESSORS", "Attention", "Compressor", "EViT", "ToMe", "ToMeMLP", "make_compressor"]

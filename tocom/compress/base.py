@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,10 +36,12 @@ class Compressor(abc.ABC):
     Attributes:
         name: what configs and tables call it.
         needs_class_token: whether it can only work on a model with a class token.
+        restores: whether every token leaves the block that entered it, so that only the MLP sees fewer of them.
     """
 
     name: str
     needs_class_token = False
+    restores = False
 
     def __call__(self, x: Tensor, size: Tensor | None, count: int, attention: Attention):
         """Remove ``count`` tokens, or as many as the block may lose.
@@ -53,6 +56,20 @@ class Compressor(abc.ABC):
         count = min(count, limit(x.shape[1], attention.prefix))
         return self.reduce(x, size, count, attention) if count else (x, size)
 
+    def around_mlp(
+        self, x: Tensor, size: Tensor | None, count: int, attention: Attention, mlp: Callable[[Tensor], Tensor]
+    ):
+        """Finish a block after its attention: compress tokens and add the MLP's branch to them.
+
+        Args:
+            x, size, count: as for :meth:`__call__`. mlp: maps tokens [B, M, D] to what is added to them.
+
+        Returns:
+            tokens that leave the block and their sizes.
+        """
+        x, size = self(x, size, count, attention)
+        return x + mlp(x), size
+
     @abc.abstractmethod
     def reduce(self, x: Tensor, size: Tensor | None, count: int, attention: Attention):
         """Remove exactly ``count`` >= 1 tokens; see :meth:`__call__` for the shapes."""
@@ -61,6 +78,11 @@ class Compressor(abc.ABC):
 def gather(x: Tensor, index: Tensor) -> Tensor:
     """Select tokens: x [B, N, C], index [B, M] -> [B, M, C]."""
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def widen(x: Tensor) -> Tensor:
+    """Return x in float32, or as it is if its type is wider: sums over tokens overflow or stall in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def ones_like_size(x: Tensor) -> Tensor:

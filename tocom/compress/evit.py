@@ -9,15 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tocom.compress.base import Attention, Compressor, gather
+from tocom.compress.base import Attention, Compressor, gather, widen
 
 
 def class_attention(attention: Attention) -> Tensor:
-    """Return how much the class token attends to each token, averaged over heads [B, N]; rows sum to 1."""
+    """Return how much the class token attends to each token, averaged over heads [B, N]; rows sum to 1.
+
+    It is in float32 at least: float16 would flush what gets little attention to 0.
+    """
     logits = (attention.q[:, :, :1] * attention.scale) @ attention.k.transpose(-1, -2)
     if attention.bias is not None:
         logits = logits + attention.bias
-    return logits.softmax(dim=-1).mean(dim=1).squeeze(1)
+    return widen(logits).softmax(dim=-1).mean(dim=1).squeeze(1)
 
 
 def split(score: Tensor, count: int, prefix: int) -> tuple[Tensor, Tensor]:
@@ -52,5 +55,6 @@ class EViT(Compressor):
             weight = score.gather(1, pruned).unsqueeze(-1)
             weight = weight.clamp_min(torch.finfo(weight.dtype).tiny)  # attention that underflowed to 0 is no 0 / 0
             weight = weight / weight.sum(dim=1, keepdim=True)
-            tokens = torch.cat([tokens, (weight * gather(x, pruned)).sum(dim=1, keepdim=True)], dim=1)
+            fused = (weight * gather(x, pruned)).sum(dim=1, keepdim=True)
+            tokens = torch.cat([tokens, fused.to(x.dtype)], dim=1)
         return tokens, size

@@ -2,22 +2,39 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tocom import distributed
 from tocom.compensator import Compensator
 from tocom.data.glyphs import SIZE
-from tocom.data.registry import unlabelled
+from tocom.data.images import decode
+from tocom.data.loading import TrainImages, feed, mixer, train_transform
+from tocom.data.registry import pack_paths, split_files
 from tocom.errors import TocomError
 from tocom.files import digest
-from tocom.models import load_model, pick_device
+from tocom.models import check_classifier, load_model, pick_device
+from tocom.seeds import derive_seed
 from tocom.settings import DistilSettings
+from tocom.stages.common import compressed
 from tocom.stages.pretrain import letters
-from tocom.training import derive_seed, fit, forget, make_deterministic, normalise, resume_path
-from tocom.vit import CompressedViT
+from tocom.training import (
+    autocast,
+    check_pairs,
+    compiled,
+    fit,
+    forget,
+    make_deterministic,
+    normalise,
+    random_shift,
+    resume_path,
+)
 
 
 def draw_pair(steps: int, generator: torch.Generator | None = None) -> tuple[int, int]:
@@ -32,15 +49,32 @@ def distillation_loss(teacher: Tensor, student: Tensor) -> Tensor:
 
 
 class Distiller(nn.Module):
-    """The frozen backbone as teacher and student, and the compensator that is trained between them."""
+    """The frozen backbone as teacher and student, and the compensator that is trained between them.
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, compensator: Compensator):
+    Args:
+        teacher, student: the same backbone twice. about: its checkpoint's metadata.
+        wrap: applied to the forward pass of each (torch.compile). whole: compute all steps of the update, also those
+            that a pair of degrees leaves out, so that each degree, not each pair, is compiled.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        compensator: Compensator,
+        about: dict | None = None,
+        wrap: Callable = lambda module: module,
+        whole: bool = False,
+    ):
         super().__init__()
         for model in (teacher, student):
             model.requires_grad_(False)
-        self.teacher = CompressedViT(teacher.eval(), compensator.compressor)
-        self.student = CompressedViT(student, compensator.compressor)
-        self.compensator = compensator
+        self.teacher = compressed(teacher.eval(), about or {}, compensator.compressor)
+        self.student = compressed(student, about or {}, compensator.compressor)
+        self.compensator, self.whole = compensator, whole
+        # In a tuple, so that compiled copies are no modules of this one.
+        self._forward = tuple(wrap(vit) for vit in (self.teacher, self.student))
+        self.set_degrees(0, compensator.max_degree)
 
     def train(self, mode: bool = True) -> Distiller:
         """Set the mode of student and compensator; the teacher always stays in eval mode."""
@@ -48,25 +82,76 @@ class Distiller(nn.Module):
         self.teacher.eval()
         return self
 
-    def forward(self, images: Tensor, source: int, target: int) -> Tensor:
-        """Return the loss on images [B, 3, H, W]: the teacher runs at ``source``, the student at ``target``."""
+    def set_degrees(self, source: int, target: int) -> Distiller:
+        """From now on, the teacher runs at ``source``, the student at ``target`` with the update between them."""
+        self.teacher.set_degree(source)
+        self.student.set_degree(target)
+        self.student.set_live_update(self.compensator, self.compensator.coefficients(source, target), self.whole)
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the loss on images [B, 3, H, W]."""
+        teacher, student = self._forward
         with torch.no_grad():
-            expected = self.teacher.set_degree(source)(images)
-        self.student.set_live_update(self.compensator, self.compensator.coefficients(source, target))
-        return distillation_loss(expected, self.student.set_degree(target)(images))
+            expected = teacher(images)
+        return distillation_loss(expected.float(), student(images).float())
 
 
-def _images(model: nn.Module, folder: str | os.PathLike | None, n: int, held_out: bool) -> Tensor:
-    """Return pre-training images [n, 3, H, W] uint8 of the size that the model takes."""
+def _pretraining_images(
+    model: nn.Module, files: Sequence[Path] | None, settings: DistilSettings
+) -> tuple[Tensor | list[Path], Tensor]:
+    """Return the images to train on, decoded [n, 3, H, W] uint8 or as paths, and the held-out ones, decoded."""
     height, width = model.patch_embed.img_size
-    if folder is not None:
-        return torch.from_numpy(unlabelled(folder, n, held_out, height))
+    if files is not None:
+        train, held_out = split_files(list(files), settings.held_out)
+        train = train[: settings.images]
+        decoded = torch.from_numpy(decode(held_out, height, title="held-out images"))
+        if settings.augmentation == "timm":
+            return train, decoded
+        return torch.from_numpy(decode(train, height, title="images to distil on")), decoded
     if (height, width) != (SIZE, SIZE):
         raise TocomError(
             f"the backbone takes {height} x {width} images, the bundled letters have {SIZE} x {SIZE} pixels;"
-            " give a folder of its pre-training images (--images, or distil_images in a config)"
+            " give its pre-training images (--images, or distil_images in a config)"
         )
-    return letters(n, held_out)[0]
+    if settings.images is None:
+        raise TocomError("there is no end of letters; say how many to distil on (distil.images)")
+    return letters(settings.images)[0], letters(settings.held_out, held_out=True)[0]
+
+
+def _identity(images: Tensor | list[Path], held_out: Tensor) -> str:
+    """Return a hash of the images; of those that are not decoded, of their paths."""
+    if isinstance(images, Tensor):
+        return digest({"pixels": images, "held_out": held_out})
+    return hashlib.sha256(pack_paths(images).tobytes()).hexdigest() + digest({"held_out": held_out})
+
+
+def _training_step(
+    distiller: Distiller, images: Tensor | list[Path], settings: DistilSettings, seed: int
+) -> tuple[Callable, Callable | None]:
+    """Return the loss of a micro-batch, and what feeds it images; without augmentation by timm, indices are enough."""
+    teacher = distiller.teacher.model
+    device = next(teacher.parameters()).device
+    mix = mixer(settings, teacher.num_classes, 0.0)
+
+    def loss(batch: Tensor) -> Tensor:
+        unused = torch.zeros(len(batch), dtype=torch.long, device=device)  # timm's mixup wants labels
+        return distiller(batch if mix is None else mix(batch, unused)[0])
+
+    def from_memory(indices: Tensor) -> Tensor:
+        batch = images[indices.to(images.device)]
+        if settings.augmentation == "shift":
+            batch = random_shift(batch, settings.shift)
+        return loss(normalise(batch.to(device), teacher))
+
+    def from_loader(batch: tuple[Tensor, Tensor]) -> Tensor:
+        return loss(batch[0].to(device, non_blocking=True))
+
+    check_pairs(settings)
+    if settings.augmentation == "timm":
+        data = TrainImages(images, torch.zeros(len(images)), train_transform(teacher, settings), seed)
+        return from_loader, feed(data, settings.workers, pin=device.type == "cuda")
+    return from_memory, None
 
 
 def distil(
@@ -76,70 +161,101 @@ def distil(
     compressor: str = "tome",
     seed: int = 0,
     settings: DistilSettings | None = None,
-    folder: str | os.PathLike | None = None,
+    files: Sequence[Path] | None = None,
 ) -> dict:
     """Train a compensator for degrees 0..max_degree on the backbone's pre-training images; labels are not used.
 
+    Under torchrun, all processes train one compensator, at the same pair of degrees in every step.
+
     Args:
         backbone: a bundled name or a checkpoint. output: the compensator to write.
-        folder: images to distil on, anywhere below it; by default the letters of the bundled backbone.
+        files: images to distil on (see :func:`tocom.data.registry.pretraining_files`), of which a tenth is held out;
+            by default the letters of the bundled backbone.
 
     Returns:
         What is stored with the compensator: hashes, recipe, held-out KL with and without it (nats).
 
     Raises:
-        TocomError: an input is missing or corrupt, or the loss turns NaN.
+        TocomError: an input is missing or corrupt, the backbone has no classifier, or the loss turns NaN.
     """
     settings = settings or DistilSettings()
     make_deterministic(settings.threads)
-    device = pick_device(settings.device)
-    teacher, described = load_model(backbone)
-    student, _ = load_model(backbone, drop_path_rate=settings.drop_path)
-    torch.manual_seed(derive_seed(seed, "compensator"))
-    compensator = Compensator.for_model(
-        teacher,
-        max_degree,
-        rank=settings.rank,
-        compressor=compressor,
-        trained_scale=settings.trained_scale,
-        dropout=settings.dropout,
-    )
-    distiller = Distiller(teacher, student, compensator).to(device)
-    pixels, held_out = (
-        _images(teacher, folder, n, kept_apart).to(device)
-        for n, kept_apart in ((settings.images, False), (settings.held_out, True))
-    )
+    device = distributed.own_device(pick_device(settings.device))
+    with distributed.processes(device):
+        teacher, about = load_model(backbone)
+        check_classifier(teacher, backbone)
+        student, _ = load_model(backbone, drop_path_rate=settings.drop_path)
+        torch.manual_seed(derive_seed(seed, "compensator"))
+        compensator = Compensator.for_model(
+            teacher,
+            max_degree,
+            rank=settings.rank,
+            compressor=compressor,
+            trained_scale=settings.trained_scale,
+            dropout=settings.dropout,
+            projections=settings.projections,
+            step=settings.step,
+        )
+        distiller = Distiller(
+            teacher, student, compensator, about, lambda vit: compiled(vit, settings), settings.compile is not None
+        ).to(device)
+        images, held_out = _pretraining_images(teacher, files, settings)
+        record, before = _train(distiller, images, held_out, seed, settings, about["sha256"], output)
+        compensator.metadata = {
+            "backbone": about["architecture"],
+            "backbone_sha256": about["sha256"],
+            "seed": seed,
+            "recipe": settings.recipe(),
+            "best_epoch": record["best_epoch"],
+            "held_out_kl": -record["score"][0],
+            "held_out_kl_without": before,
+        }
+        if distributed.is_main():
+            compensator.save(output)
+        distributed.wait_for_all()
+        forget(output)
+        return compensator.metadata
+
+
+def _train(
+    distiller: Distiller,
+    images: Tensor | list[Path],
+    held_out: Tensor,
+    seed: int,
+    settings: DistilSettings,
+    backbone_sha256: str,
+    output: str | os.PathLike,
+) -> tuple[dict, float]:
+    """Train the compensator; return the record of the run and the held-out loss before it."""
+    teacher, compensator = distiller.teacher.model, distiller.compensator
+    device, max_degree = compensator.down.device, compensator.max_degree
+    held_out = held_out.to(device)
     generator = torch.Generator().manual_seed(derive_seed(seed, "held-out pairs"))
     pairs = [draw_pair(max_degree, generator) for _ in range(settings.pairs)]
-
-    def step(indices: Tensor) -> Tensor:
-        source, target = draw_pair(max_degree)
-        return distiller(normalise(pixels[indices], teacher), source, target)
+    chunks = held_out.split(-(-len(held_out) // len(pairs)))  # a part of the images for every pair
 
     @torch.no_grad()
     def score() -> tuple[float]:
         distiller.eval()
-        chunks = held_out.split(-(-len(held_out) // len(pairs)))  # a part of the images for every pair
-        losses = [distiller(normalise(chunk, teacher), *pair) for chunk, pair in zip(chunks, pairs, strict=False)]
-        return (-float(torch.stack(losses).mean()),)
+        mine = distributed.share(list(zip(chunks, pairs, strict=False)))
+        with autocast(settings.precision, device):
+            losses = [distiller.set_degrees(*pair)(normalise(chunk, teacher)).cpu() for chunk, pair in mine]
+        return (-float(torch.stack(distributed.gather(losses)).mean()),)
 
     before = -score()[0]
-    title = f"distil {compressor} seed {seed}"
-    identity = {
-        "backbone": described["sha256"],
-        "max_degree": max_degree,
-        "images": digest({"pixels": pixels, "held_out": held_out}),
-    }
-    record = fit(step, distiller, len(pixels), settings, seed, score, title, identity, resume_path(output))
-    compensator.metadata = {
-        "backbone": described["architecture"],
-        "backbone_sha256": described["sha256"],
-        "seed": seed,
-        "recipe": settings.model_dump(mode="json"),
-        "best_epoch": record["best_epoch"],
-        "held_out_kl": -record["score"][0],
-        "held_out_kl_without": before,
-    }
-    compensator.save(output)
-    forget(output)
-    return compensator.metadata
+    step, loader = _training_step(distiller, images, settings, seed)
+    record = fit(
+        step,
+        distiller,
+        len(images),
+        settings,
+        seed,
+        score,
+        f"distil {compensator.compressor} seed {seed}",
+        {"backbone": backbone_sha256, "max_degree": max_degree, "images": _identity(images, held_out)},
+        resume_path(output),
+        lambda: distiller.set_degrees(*draw_pair(max_degree)),
+        loader,
+        drop_last=settings.mixes,
+    )
+    return record, before

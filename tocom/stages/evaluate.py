@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
-from torch.nn import functional as F
 from tqdm import tqdm
 
 from tocom.compensator import Compensator
@@ -14,9 +14,12 @@ from tocom.errors import TocomError
 from tocom.files import save_arrays
 from tocom.models import load_model, pick_device
 from tocom.settings import RANDOM, EvaluateSettings
-from tocom.stages.common import Split, TaskData, load_task, predict
+from tocom.stages.common import Split, TaskData, compressed, load_task, predict, scored
 from tocom.training import bar, make_deterministic
 from tocom.vit import CompressedViT, gflops
+
+#: How a cell says that no compensator was used.
+PLAIN = "none"
 
 
 @dataclass(frozen=True)
@@ -26,34 +29,51 @@ class Cell:
     Attributes:
         infer_degree: tokens removed in every block.
         compensated: whether ToCom was offered; ``scale`` is the factor chosen for it (0: declined).
+        compensator: the variant of ToCom, or "none".
         gflops: billions of multiply-adds for one image.
     """
 
     infer_degree: int
     compensated: bool
+    compensator: str
     scale: float
     gflops: float
 
 
-def choose_scale(vit: CompressedViT, val: Split, scales: list[float], settings: EvaluateSettings) -> float:
+def choose_scale(vit: CompressedViT, val: Split, scales: Sequence[float], settings: EvaluateSettings) -> float:
     """Return the scale with the best validation figure at the model's present degree; ties go to the smaller.
 
     Only the validation images are looked at.
     """
-    labels, degree = val.labels.cpu(), vit.degree
+    if len(scales) == 1:
+        return scales[0]
+    degree = vit.degree
 
     def figures(scale: float) -> tuple[float, ...]:
-        logits = predict(vit.set_degree(degree, scale), val.images, settings.batch_size)
-        correct, loss = int((logits.argmax(-1) == labels).sum()), float(F.cross_entropy(logits, labels))
-        return (correct, -loss) if settings.select_by == "accuracy" else (-loss,)
+        logits = predict(vit.set_degree(degree, scale), val.images, settings.batch_size, settings.precision)
+        accuracy, loss = scored(logits, val.labels)
+        return (accuracy, loss) if settings.select_by == "accuracy" else (loss,)
 
     return max(sorted(scales), key=figures)  # the first of equals
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A compensator under the name that tables give it, and how it is used.
+
+    Attributes:
+        scales: candidate scales, as multiples of the trained one; None: those of the settings.
+    """
+
+    name: str
+    compensator: Compensator
+    scales: tuple[float, ...] | None = None
 
 
 def evaluate_checkpoint(
     checkpoint: str | os.PathLike,
     task: TaskData,
-    compensator: Compensator,
+    variants: Sequence[Variant],
     infer_degrees: list[int],
     settings: EvaluateSettings,
     progress: tqdm,
@@ -67,53 +87,62 @@ def evaluate_checkpoint(
         raise TocomError(
             f"{checkpoint} was fine-tuned for {meta.get('task')!r}, not for {task.name!r}; check the paths"
         )
-    made_for = compensator.metadata.get("backbone_sha256", meta["backbone_sha256"])
-    if made_for != meta["backbone_sha256"]:
-        raise TocomError(
-            f"{checkpoint} was fine-tuned from another backbone than this compensator was distilled on"
-            f" ({meta['backbone_sha256'][:12]}, {made_for[:12]}); distil one for its backbone"
-        )
+    for variant in variants:
+        _check_backbone(checkpoint, meta, variant)
     source = meta["train_degree"]
-    device = task.test.images.device
-    vit = CompressedViT(model.to(device), meta["compressor"], 0 if source == RANDOM else source)
+    vit = compressed(model.to(task.device), meta, meta["compressor"], 0 if source == RANDOM else source)
     cells, predictions = [], []
 
-    def record(compensated: bool, scale: float, known: np.ndarray | None = None) -> None:
+    def record(name: str, scale: float, known: np.ndarray | None = None) -> None:
         if known is None:
-            known = predict(vit, task.test.images, settings.batch_size).argmax(-1).numpy().astype(np.int16)
-        cells.append(Cell(vit.degree, compensated, scale, round(gflops(vit), 6)))
+            logits = predict(vit, task.test.images, settings.batch_size, settings.precision)
+            known = logits.argmax(-1).numpy().astype(np.int16)
+        cells.append(Cell(vit.degree, name != PLAIN, name, scale, round(gflops(vit), 6)))
         predictions.append(known)
         progress.update()
 
     for degree in infer_degrees:
         vit.set_degree(degree)
-        record(compensated=False, scale=0.0)
-    if source != RANDOM:
-        scales = [multiple * compensator.trained_scale for multiple in settings.scales]
-        plain = dict(zip(infer_degrees, predictions, strict=True))
-        vit.set_degree(source).attach(compensator)
+        record(PLAIN, scale=0.0)
+    plain = dict(zip(infer_degrees, predictions, strict=True))
+    for variant in variants if source != RANDOM else ():
+        scales = [s * variant.compensator.trained_scale for s in variant.scales or settings.scales]
+        vit.detach().set_degree(source)
+        vit.attach(variant.compensator)
         for degree in infer_degrees:
             scale = 0.0
             if degree != source:  # P(m->m) is zero, whatever the scale
                 scale = choose_scale(vit.set_degree(degree), task.val, scales, settings)
             vit.set_degree(degree, scale)
-            record(compensated=True, scale=scale, known=None if scale else plain[degree])
+            record(variant.name, scale, known=None if scale else plain[degree])
     return cells, np.stack(predictions), meta
+
+
+def _check_backbone(checkpoint: str | os.PathLike, meta: dict, variant: Variant) -> None:
+    """Raise TocomError if a compensator was distilled on another backbone than the checkpoint comes from."""
+    made_for = variant.compensator.metadata.get("backbone_sha256", meta["backbone_sha256"])
+    if made_for != meta["backbone_sha256"]:
+        raise TocomError(
+            f"{checkpoint} was fine-tuned from another backbone than this compensator was distilled on"
+            f" ({meta['backbone_sha256'][:12]}, {made_for[:12]}); distil one for its backbone"
+        )
 
 
 def evaluate(
     checkpoints: list[str | os.PathLike],
     data: str | os.PathLike,
-    compensator: str | os.PathLike,
+    compensators: Mapping[str, str | os.PathLike],
     outputs: list[str | os.PathLike],
     infer_degrees: list[int],
     settings: EvaluateSettings | None = None,
+    scales: Mapping[str, Sequence[float]] | None = None,
 ) -> list[list[Cell]]:
     """Evaluate all cells of some checkpoints of one task and keep every prediction.
 
     Args:
         data: the prepared task. outputs: a file for each checkpoint, with ``predictions`` [cells, images] int16,
             ``labels`` [images] and the cells in its metadata.
+        compensators: variant -> file. scales: candidates for variants that have their own.
 
     Returns:
         The cells of each checkpoint.
@@ -124,13 +153,18 @@ def evaluate(
     settings = settings or EvaluateSettings()
     make_deterministic(settings.threads)
     task = load_task(data, pick_device(settings.device))
-    loaded = Compensator.load(compensator)
+    own = {name: tuple(values) for name, values in (scales or {}).items()}
+    variants = [Variant(name, Compensator.load(path), own.get(name)) for name, path in compensators.items()]
     results = []
-    with bar(None, f"evaluate {task.name}", total=len(checkpoints) * len(infer_degrees) * 2) as progress:
+    total = len(checkpoints) * len(infer_degrees) * (1 + len(variants))
+    with bar(None, f"evaluate {task.name}", total=total) as progress:
         for checkpoint, output in zip(checkpoints, outputs, strict=True):
-            cells, predictions, meta = evaluate_checkpoint(checkpoint, task, loaded, infer_degrees, settings, progress)
-            described = {key: meta[key] for key in ("task", "train_degree", "seed", "compressor", "val_accuracy")}
+            cells, predictions, meta = evaluate_checkpoint(
+                checkpoint, task, variants, infer_degrees, settings, progress
+            )
+            kept = ("task", "train_degree", "seed", "compressor", "val_accuracy")
             arrays = {"predictions": predictions, "labels": task.test.labels.cpu().numpy()}
+            described = {key: meta[key] for key in kept} | {"kind": "predictions"}
             save_arrays(output, arrays, described | {"cells": [asdict(cell) for cell in cells]})
             results.append(cells)
     return results

@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from tocom.data import glyphs
 from tocom.models import create, pick_device, save_model
+from tocom.seeds import derive_seed
 from tocom.settings import PretrainSettings
 from tocom.stages.common import predict
-from tocom.training import derive_seed, fit, forget, make_deterministic, normalise, resume_path
+from tocom.training import fit, forget, make_deterministic, normalise, resume_path
 from tocom.vit import CompressedViT
 
 #: Seeds of the letters; the held-out ones are never trained on, by any stage.

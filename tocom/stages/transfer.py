@@ -13,9 +13,8 @@ import torch
 from tocom.errors import TocomError
 from tocom.models import load_model, pick_device
 from tocom.settings import NO_GAP, EvaluateSettings
-from tocom.stages.common import load_task, predict
+from tocom.stages.common import compressed, load_task, predict
 from tocom.training import bar, make_deterministic
-from tocom.vit import CompressedViT
 
 
 def is_head(name: str) -> bool:
@@ -66,8 +65,9 @@ def transfer(
                 if source != NO_GAP:
                     states = [load_model(path)[0].state_dict() for path in checkpoints[source, seed]]
                     add_gap(model, *states)
-                vit = CompressedViT(model.to(task.test.images.device), low["compressor"], degree)
-                correct = int((predict(vit, task.test.images, settings.batch_size).argmax(-1) == labels).sum())
+                vit = compressed(model.to(task.device), low, low["compressor"], degree)
+                logits = predict(vit, task.test.images, settings.batch_size, settings.precision)
+                correct = int((logits.argmax(-1) == labels).sum())
                 rows.append(
                     {
                         "source_task": source,

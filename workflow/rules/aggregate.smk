@@ -1,5 +1,8 @@
 """Predictions -> cells -> statistics -> tables and figures; comparison with the committed reference."""
 
+# The table in the paper's form has a rule of its own.
+BASIC_TABLES = [name for name in STUDY.table_names if name != "paper"]
+
 
 rule cells:
     input:
@@ -14,40 +17,17 @@ rule cells:
         "../envs/tocom.yaml"
     threads: 1
     resources:
-        mem_mb=lambda wildcards, attempt: 1000 * attempt,
-        runtime=lambda wildcards, attempt: 10 * attempt,
+        mem_mb=memory("analysis"),
+        runtime=minutes("analysis"),
     params:
         grid=f"{ROOT}/predictions --study {STUDY.study} {grid_options()}",
     shell:
         "tocom analyse cells {params.grid} --output {output} > {log} 2>&1"
 
 
-rule gather_throughput:
-    input:
-        per_model(f"{ROOT}/throughput/{{backbone}}/{{compressor}}.csv"),
-    output:
-        report(
-            f"{ROOT}/throughput.csv",
-            caption="../report/throughput.rst",
-            category="Data",
-        ),
-    log:
-        f"{LOGS}/gather_throughput.log",
-    benchmark:
-        f"{BENCHMARKS}/gather_throughput.tsv"
-    conda:
-        "../envs/tocom.yaml"
-    threads: 1
-    resources:
-        mem_mb=lambda wildcards, attempt: 500 * attempt,
-        runtime=lambda wildcards, attempt: 5 * attempt,
-    shell:
-        "tocom analyse concat {input} --output {output} > {log} 2>&1"
-
-
 rule gather_transfer:
     input:
-        per_model(f"{ROOT}/transfer/{{backbone}}/{{compressor}}.csv"),
+        TRANSFER,
     output:
         report(
             f"{ROOT}/transfer.csv", caption="../report/transfer.rst", category="Data"
@@ -60,8 +40,8 @@ rule gather_transfer:
         "../envs/tocom.yaml"
     threads: 1
     resources:
-        mem_mb=lambda wildcards, attempt: 500 * attempt,
-        runtime=lambda wildcards, attempt: 5 * attempt,
+        mem_mb=memory("analysis"),
+        runtime=minutes("analysis"),
     shell:
         "tocom analyse concat {input} --output {output} > {log} 2>&1"
 
@@ -84,10 +64,10 @@ rule significance:
         "../envs/tocom.yaml"
     threads: 1
     resources:
-        mem_mb=lambda wildcards, attempt: 2000 * attempt,
-        runtime=lambda wildcards, attempt: 30 * attempt,
+        mem_mb=memory("analysis"),
+        runtime=minutes("analysis"),
     params:
-        how=f"--predictions {ROOT}/predictions --resamples {STUDY.analysis.resamples}",
+        how=f"--predictions {ROOT}/predictions --resamples {STUDY.analysis.resamples} {STUDY.group_options()}",
     shell:
         "tocom analyse significance {input.cells} {params.how} --output {output} > {log} 2>&1"
 
@@ -100,7 +80,7 @@ rule tables:
     output:
         expand(
             f"{ROOT}/tables/{{name}}.{{kind}}",
-            name=STUDY.table_names,
+            name=BASIC_TABLES,
             kind=["md", "tex"],
         ),
         *[
@@ -109,7 +89,7 @@ rule tables:
                 caption=f"../report/tables/{name}.rst",
                 category="Tables",
             )
-            for name in STUDY.table_names
+            for name in BASIC_TABLES
         ],
     log:
         f"{LOGS}/tables.log",
@@ -119,12 +99,45 @@ rule tables:
         "../envs/tocom.yaml"
     threads: 1
     resources:
-        mem_mb=lambda wildcards, attempt: 1000 * attempt,
-        runtime=lambda wildcards, attempt: 10 * attempt,
+        mem_mb=memory("analysis"),
+        runtime=minutes("analysis"),
     params:
-        folders=f"{ROOT} --output {ROOT}/tables",
+        folders=f"{ROOT} --output {ROOT}/tables --main {STUDY.variants[0]} {STUDY.group_options()}",
     shell:
         "tocom analyse tables {params.folders} > {log} 2>&1"
+
+
+rule paper_table:
+    input:
+        f"{ROOT}/cells.csv",
+        f"{ROOT}/significance.csv",
+        f"{ROOT}/throughput.csv",
+        [f"{ROOT}/transfer.csv"] if STUDY.gap_degrees else [],
+        compensators=[path for _, path in ALL_COMPENSATORS],
+    output:
+        f"{ROOT}/tables/paper.md",
+        f"{ROOT}/tables/paper.tex",
+        report(
+            f"{ROOT}/tables/paper.html",
+            caption="../report/tables/paper.rst",
+            category="Tables",
+        ),
+    log:
+        f"{LOGS}/paper_table.log",
+    benchmark:
+        f"{BENCHMARKS}/paper_table.tsv"
+    conda:
+        "../envs/tocom.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory("analysis"),
+        runtime=minutes("analysis"),
+    params:
+        folders=f"{ROOT} --output {ROOT}/tables",
+        config=STUDY.as_json(),
+        compensators=options("compensator", map("=".join, ALL_COMPENSATORS)),
+    shell:
+        "tocom analyse paper-table {params.folders} --config {params.config:q} {params.compensators} > {log} 2>&1"
 
 
 rule figures:
@@ -150,10 +163,10 @@ rule figures:
         "../envs/tocom.yaml"
     threads: 1
     resources:
-        mem_mb=lambda wildcards, attempt: 1000 * attempt,
-        runtime=lambda wildcards, attempt: 10 * attempt,
+        mem_mb=memory("analysis"),
+        runtime=minutes("analysis"),
     params:
-        folders=f"{ROOT} --output {ROOT}/figures",
+        folders=f"{ROOT} --output {ROOT}/figures --main {STUDY.variants[0]} {STUDY.group_options()}",
     shell:
         "tocom analyse figures {params.folders} > {log} 2>&1"
 
@@ -172,8 +185,8 @@ rule verify:
         "../envs/tocom.yaml"
     threads: 1
     resources:
-        mem_mb=lambda wildcards, attempt: 500 * attempt,
-        runtime=lambda wildcards, attempt: 5 * attempt,
+        mem_mb=memory("analysis"),
+        runtime=minutes("analysis"),
     params:
         tolerances=f"--cell-points {STUDY.verify.cell_points} --mean-points {STUDY.verify.mean_points}"
         f" --gain-points {STUDY.verify.gain_points}",

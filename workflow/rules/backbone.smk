@@ -1,20 +1,46 @@
-"""Pre-train a backbone on procedural letters, where the config names no checkpoint."""
+"""Backbones that the config does not name as files: timm's, and those that are pre-trained on procedural letters."""
+
+PRETRAINED = [b.name for b in STUDY.backbones if b.architecture]
+FROM_TIMM = [b.name for b in STUDY.backbones if b.timm]
+
+
+rule import_backbone:
+    output:
+        BACKBONE,
+    log:
+        f"{LOGS}/backbone/{{backbone}}.log",
+    benchmark:
+        f"{BENCHMARKS}/backbone/{{backbone}}.tsv"
+    wildcard_constraints:
+        backbone=any_of(FROM_TIMM),
+    conda:
+        "../envs/tocom.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory("backbone"),
+        runtime=minutes("backbone"),
+    params:
+        model=lambda wildcards: STUDY.import_options(wildcards.backbone),
+    shell:
+        "tocom backbone {params.model} --output {output} > {log} 2>&1"
 
 
 rule pretrain_backbone:
     output:
-        f"{ROOT}/backbones/{{backbone}}.safetensors",
+        BACKBONE,
     log:
         f"{LOGS}/pretrain/{{backbone}}.log",
     benchmark:
         f"{BENCHMARKS}/pretrain/{{backbone}}.tsv"
+    wildcard_constraints:
+        backbone=any_of(PRETRAINED),
     conda:
         "../envs/tocom.yaml"
     threads: STUDY.pretrain.threads
     resources:
-        mem_mb=lambda wildcards, attempt: 3000 * attempt,
-        runtime=lambda wildcards, attempt: 120 * attempt,
-        gpu=gpus(STUDY.pretrain),
+        mem_mb=memory("backbone"),
+        runtime=minutes("backbone"),
+        gpu=STUDY.gpus("backbone", STUDY.pretrain.device),
     params:
         model=lambda wildcards: STUDY.pretrain_options(wildcards.backbone),
         degrees=options("degree", range(STUDY.max_degree + 1)),
@@ -25,8 +51,4 @@ rule pretrain_backbone:
 
 rule pretrain:
     input:
-        [
-            f"{ROOT}/backbones/{b.name}.safetensors"
-            for b in STUDY.backbones
-            if b.checkpoint is None
-        ],
+        expand(BACKBONE, backbone=PRETRAINED),

@@ -1,9 +1,11 @@
 """The validated study, the folders, and what several rules ask of them."""
 
+import re
 from pathlib import Path
 
 from tocom.bundled import resolve
 from tocom.config import parse_study
+from tocom.data.catalogue import owner_of, read_catalogue
 from tocom.errors import TocomError
 
 try:
@@ -16,8 +18,15 @@ LOGS = f"{ROOT}/logs"
 BENCHMARKS = f"{ROOT}/benchmarks"
 CHECKPOINT = f"{ROOT}/checkpoints/{{backbone}}/{{compressor}}/{{task}}/train-{{train_degree}}_seed-{{seed}}.safetensors"
 PREDICTIONS = f"{ROOT}/predictions/{{backbone}}/{{compressor}}/{{task}}/train-{{train_degree}}_seed-{{seed}}.safetensors"
-COMPENSATOR = f"{ROOT}/compensators/{{backbone}}/{{compressor}}.safetensors"
+# Studies may share backbones and compensators, which are the same for all of them.
+STORE = STUDY.store or ROOT
+BACKBONE = f"{STORE}/backbones/{{backbone}}.safetensors"
+COMPENSATOR = (
+    f"{STORE}/compensators/{{backbone}}/{{compressor}}/{{variant}}.safetensors"
+)
 DATA = f"{ROOT}/data/{{task}}.safetensors"
+# Written last by `tocom data fetch`.
+FETCHED = f"{STUDY.data.root}/{{dataset}}/.complete.json"
 try:
     ALL_CORES = workflow.cores
 except (
@@ -30,6 +39,8 @@ wildcard_constraints:
     backbone=r"[^/]+",
     compressor=r"[^/]+",
     task=r"[^/]+",
+    variant=r"[^/]+",
+    dataset=r"[^/]+",
     train_degree=r"\d+|random",
     seed=r"\d+",
 
@@ -49,19 +60,49 @@ def options(name, values):
     return " ".join(f"--{name} {value}" for value in values)
 
 
-def gpus(settings):
-    """Return the GPUs that a stage's job asks for: one if its device is CUDA; a profile says how to get it."""
-    return int(settings.device.startswith("cuda"))
+def memory(stage):
+    """Return the memory (MB) that a job of a stage asks for, more on every retry."""
+    return lambda wildcards, attempt: getattr(STUDY.resources, stage).mem_mb * attempt
+
+
+def minutes(stage):
+    """Return the minutes that a job of a stage asks for, more on every retry."""
+    return lambda wildcards, attempt: getattr(STUDY.resources, stage).runtime * attempt
+
+
+def any_of(names):
+    """Return a regular expression for a wildcard that is one of some names."""
+    return "|".join(map(re.escape, names)) or "(?!)"
+
+
+def fetched(name):
+    """Return the mark that a data set of the catalogue was downloaded; other names need none."""
+    catalogue = read_catalogue()
+    return (
+        [FETCHED.format(dataset=owner_of(name, catalogue))] if name in catalogue else []
+    )
 
 
 def backbone_file(wildcards):
-    """Return the bundled or given checkpoint of a backbone, or the one that this workflow pre-trains."""
+    """Return the bundled or given checkpoint of a backbone, or the one that this workflow makes."""
     backbone = STUDY.backbone(wildcards.backbone)
     return (
-        str(resolve(backbone.checkpoint))
-        if backbone.checkpoint
-        else f"{ROOT}/backbones/{backbone.name}.safetensors"
+        BACKBONE.format(backbone=backbone.name)
+        if backbone.is_made
+        else str(resolve(backbone.checkpoint))
     )
+
+
+def compensator_files(wildcards):
+    """Return the file of every variant of ToCom; variants that differ in scales alone share one."""
+    return [
+        COMPENSATOR.format(
+            backbone=wildcards.backbone,
+            compressor=wildcards.compressor,
+            variant=STUDY.distilled_as(variant),
+        )
+        for variant in STUDY.variants
+    ]
 
 
 def per_model(pattern, **wildcards):
@@ -104,6 +145,8 @@ ALL_PREDICTIONS = [
     for checkpoint in over(PREDICTIONS, STUDY.checkpoints)
     for path in per_model(checkpoint, task=STUDY.task_names)
 ]
+# The one of the main tables and figures.
+MAIN = STUDY.distilled_as(STUDY.variants[0])
 TABLES = [
     f"{ROOT}/tables/{name}.{kind}"
     for name in STUDY.table_names
@@ -116,10 +159,24 @@ FIGURES = [
 ]
 # Not committed with the demo's results. They are named as inputs of the targets, because Snakemake would not make them
 # again for results that exist, and a fresh clone would pass the committed tables off as reproduced.
-INTERMEDIATE = [
-    *ALL_PREDICTIONS,
-    *per_model(f"{ROOT}/throughput/{{backbone}}/{{compressor}}.csv"),
+ALL_COMPENSATORS = [
+    (
+        f"{b.name}:{compressor}:{variant}",
+        COMPENSATOR.format(
+            backbone=b.name,
+            compressor=compressor,
+            variant=STUDY.distilled_as(variant),
+        ),
+    )
+    for b in STUDY.backbones
+    for compressor in STUDY.compressors
+    for variant in STUDY.variants
 ]
-if STUDY.gap_degrees:
-    INTERMEDIATE += per_model(f"{ROOT}/transfer/{{backbone}}/{{compressor}}.csv")
+THROUGHPUT = per_model(f"{ROOT}/throughput/{{backbone}}/{{compressor}}.csv")
+TRANSFER = (
+    per_model(f"{ROOT}/transfer/{{backbone}}/{{compressor}}.csv")
+    if STUDY.gap_degrees
+    else []
+)
+INTERMEDIATE = [*ALL_PREDICTIONS, *THROUGHPUT, *TRANSFER]
 RESULTS = [f"{ROOT}/{name}.csv" for name in STUDY.csv_names] + TABLES + FIGURES

@@ -1,7 +1,30 @@
-"""Decode every task once; all jobs of the task share the file."""
+"""Download data sets, and decode every task once; all jobs of the task share the file."""
+
+
+rule fetch:
+    output:
+        FETCHED,
+    log:
+        f"{LOGS}/fetch/{{dataset}}.log",
+    benchmark:
+        f"{BENCHMARKS}/fetch/{{dataset}}.tsv"
+    conda:
+        "../envs/tocom.yaml"
+    threads: 1
+    resources:
+        mem_mb=memory("fetch"),
+        runtime=minutes("fetch"),
+    params:
+        root=STUDY.data.root,
+    shell:
+        "tocom data fetch {wildcards.dataset} --root {params.root:q} > {log} 2>&1"
 
 
 rule prepare:
+    input:
+        lambda wildcards: (
+            fetched(wildcards.task) if STUDY.task(wildcards.task).is_downloaded else []
+        ),
     output:
         DATA,
     log:
@@ -12,10 +35,9 @@ rule prepare:
         "../envs/tocom.yaml"
     threads: 1
     resources:
-        mem_mb=lambda wildcards, attempt: 1000 * attempt,
-        runtime=lambda wildcards, attempt: 10 * attempt,
+        mem_mb=memory("prepare"),
+        runtime=minutes("prepare"),
     params:
-        sizes=f"--train {STUDY.data.train} --val {STUDY.data.val} --test {STUDY.data.test}",
-        folder=lambda wildcards: STUDY.folder_option(wildcards.task),
+        how=lambda wildcards: STUDY.prepare_options(wildcards.task),
     shell:
-        "tocom prepare {wildcards.task} {params.sizes} {params.folder} --output {output} > {log} 2>&1"
+        "tocom prepare {wildcards.task} {params.how} --output {output} > {log} 2>&1"

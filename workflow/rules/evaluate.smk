@@ -1,4 +1,4 @@
-"""Evaluate all cells of a batch of checkpoints with one decoded task; carry gaps between tasks; measure speed."""
+"""Evaluate all cells of a batch of checkpoints with one decoded task; carry gaps between tasks."""
 
 for _index, _batch in enumerate(STUDY.batches):
 
@@ -7,7 +7,7 @@ for _index, _batch in enumerate(STUDY.batches):
             f"evaluate_{_index}"
         input:
             data=DATA,
-            compensator=COMPENSATOR,
+            compensators=compensator_files,
             checkpoints=over(CHECKPOINT, _batch),
         output:
             over(PREDICTIONS, _batch),
@@ -21,18 +21,23 @@ for _index, _batch in enumerate(STUDY.batches):
             "../envs/tocom.yaml"
         threads: STUDY.evaluate.threads
         resources:
-            mem_mb=lambda wildcards, attempt: 2000 * attempt,
-            runtime=lambda wildcards, attempt: 60 * attempt,
-            gpu=gpus(STUDY.evaluate),
+            mem_mb=memory("evaluate"),
+            runtime=minutes("evaluate"),
+            gpu=STUDY.gpus("evaluate", STUDY.evaluate.device),
         params:
             checkpoints=lambda wildcards, input: options(
                 "checkpoint", input.checkpoints
             ),
             outputs=lambda wildcards, output: options("output", output),
+            compensators=lambda wildcards, input: options(
+                "compensator",
+                map("{}={}".format, STUDY.variants, input.compensators),
+            ),
             degrees=options("degree", STUDY.infer_degrees),
+            scales=STUDY.scales_options(),
             settings=STUDY.evaluate.options(),
         shell:
-            "tocom evaluate {input.data} --compensator {input.compensator} {params.checkpoints} {params.degrees}"
+            "tocom evaluate {input.data} {params.compensators} {params.checkpoints} {params.degrees} {params.scales}"
             " {params.settings} {params.outputs} > {log} 2>&1"
 
 
@@ -50,9 +55,9 @@ rule transfer:
         "../envs/tocom.yaml"
     threads: STUDY.evaluate.threads
     resources:
-        mem_mb=lambda wildcards, attempt: 2000 * attempt,
-        runtime=lambda wildcards, attempt: 60 * attempt,
-        gpu=gpus(STUDY.evaluate),
+        mem_mb=memory("evaluate"),
+        runtime=minutes("evaluate"),
+        gpu=STUDY.gpus("evaluate", STUDY.evaluate.device),
     params:
         checkpoints=lambda wildcards: options(
             "checkpoint", STUDY.gap_options(CHECKPOINT, **wildcards)
@@ -68,32 +73,3 @@ rule transfer:
         ),
     shell:
         "tocom transfer {input.data} {params.checkpoints} {params.columns} {params.settings} --output {output} > {log} 2>&1"
-
-
-rule throughput:
-    input:
-        backbone=backbone_file,
-        compensator=COMPENSATOR,
-    output:
-        f"{ROOT}/throughput/{{backbone}}/{{compressor}}.csv",
-    log:
-        f"{LOGS}/throughput/{{backbone}}/{{compressor}}.log",
-    benchmark:
-        f"{BENCHMARKS}/throughput/{{backbone}}/{{compressor}}.tsv"
-    conda:
-        "../envs/tocom.yaml"
-    # Alone on the machine, so that other jobs do not disturb the clock.
-    threads: ALL_CORES
-    resources:
-        mem_mb=lambda wildcards, attempt: 2000 * attempt,
-        runtime=lambda wildcards, attempt: 30 * attempt,
-        gpu=gpus(STUDY.throughput),
-    params:
-        degrees=options("degree", sorted({0, *STUDY.infer_degrees})),
-        settings=STUDY.throughput.options(),
-        columns=lambda wildcards: options(
-            "column", [f"study={STUDY.study}", f"backbone={wildcards.backbone}"]
-        ),
-    shell:
-        "tocom throughput {input.backbone:q} --compressor {wildcards.compressor} --compensator {input.compensator}"
-        " {params.degrees} {params.columns} {params.settings} --output {output} > {log} 2>&1"

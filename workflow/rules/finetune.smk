@@ -18,15 +18,20 @@ for _index, _batch in enumerate(STUDY.batches):
             "../envs/tocom.yaml"
         threads: STUDY.finetune.threads
         resources:
-            mem_mb=lambda wildcards, attempt: 2000 * attempt,
-            runtime=lambda wildcards, attempt: 120 * attempt,
-            gpu=gpus(STUDY.finetune),
+            mem_mb=memory("finetune"),
+            runtime=minutes("finetune"),
+            gpu=STUDY.gpus("finetune", STUDY.finetune.device),
+            nodes=STUDY.resources.finetune.nodes,
         params:
+            start=STUDY.launcher("finetune"),
             template=lambda wildcards: CHECKPOINT.format(
                 **wildcards, train_degree="{degree}", seed="{seed}"
             ),
-            runs=options("run", [f"{c.train_degree}:{c.seed}" for c in _batch]),
-            settings=f"--max-degree {STUDY.max_degree} {STUDY.finetune.options()}",
+            runs=options("at", [f"{c.train_degree}:{c.seed}" for c in _batch]),
+            degrees=f"--max-degree {STUDY.max_degree}",
+            settings=lambda wildcards: STUDY.finetune_for(wildcards.task).options(),
+            fine_tuned=lambda wildcards: STUDY.fine_tuned_option(wildcards.task),
         shell:
-            "tocom finetune {input.backbone:q} {input.data} --compressor {wildcards.compressor}"
-            " {params.runs} {params.settings} --output '{params.template}' > {log} 2>&1"
+            "{params.start} finetune {input.backbone:q} {input.data} --compressor {wildcards.compressor}"
+            " {params.runs} {params.degrees} {params.fine_tuned} {params.settings} --output '{params.template}'"
+            " > {log} 2>&1"

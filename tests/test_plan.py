@@ -1,0 +1,360 @@
+"""A plan's numbers are those of the real workflow and of real runs."""
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.small import ARCHITECTURE, KWARGS, build
+from tests.workflow.test_workflow import snakemake, workplace
+from tocom import plan as planning
+from tocom.config import DataSettings, parse_study, read_study
+from tocom.data import registry
+from tocom.data.catalogue import read_catalogue
+from tocom.data.families import FAMILIES
+from tocom.data.listing import Items, Listing
+from tocom.errors import TocomError
+from tocom.plan import Amount, Model, Sizes
+from tocom.rates import Rate, Rates
+
+ROOT = Path(__file__).parents[1]
+TINY = ROOT / "tests" / "configs" / "tiny.yaml"
+#: Everything that changes the number of jobs: downloads that are shared, timm's models, variants of which two share a
+#: distillation, several compressors, batches that do not come out even.
+LARGE = {
+    "study": "large",
+    "backbones": [
+        {"name": name, "timm": f"{model}_patch16_224.fb_in1k", "image_size": 224, "patch_size": 16}
+        | {"distil_images": "imagenet1k"}
+        for name, model in (("deit_s", "deit_small"), ("deit_b", "deit_base"))
+    ],
+    "compressors": ["tome", "evit"],
+    "compensators": {"tocom": {}, "rank1": {"rank": 1}, "fixed": {"scales": [1]}},
+    "tasks": ["cifar100", "vtab.dtd", "vtab.svhn", {"name": "mine", "python": "mine:load"}],
+    "seeds": [0, 1, 2],
+    "train_degrees": [0, 8, 16, "random"],
+    "infer_degrees": [0, 8, 16],
+    "max_degree": 16,
+    "checkpoints_per_job": 5,
+    "finetune": {"augmentation": "timm", "precision": "bf16"},
+    "distil": {"images": None},
+}
+FLAT = {"train": 50.0, "infer": 200.0}
+
+
+def rates_for(study, models, speeds=None):
+    """The same rate for every model and degree."""
+    speeds = speeds or FLAT
+    return Rates(
+        Rate(models[b.name].label, b.image_size, c, p, "a device", degree, mode, speeds[mode])
+        for b in study.backbones
+        for c in study.compressors
+        for p in ("fp32", "bf16")
+        for degree in (0, study.max_degree)
+        for mode in speeds
+    )
+
+
+def planned(study, sizes, distil_images=None, parameters=1000):
+    models = {b.name: Model(b.name, {}, parameters) for b in study.backbones}
+    images = distil_images or {b.name: None for b in study.backbones}
+    return planning.plan(study, rates_for(study, models), models, sizes, images)
+
+
+# --- jobs -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["demo", "tiny", "large"])
+def test_jobs_are_those_that_snakemake_would_run_in_an_empty_folder(name, tmp_path):
+    folder = workplace(tmp_path)
+    path = {"demo": ROOT / "config" / "demo.yaml", "tiny": TINY}.get(name, tmp_path / "large.yaml")
+    if name == "large":
+        path.write_text(yaml.safe_dump(LARGE))
+    result = snakemake(folder, "--configfile", path, "--dry-run", "--quiet", "rules")
+    assert result.returncode == 0, result.stdout + result.stderr
+    counts = Counter()
+    table = (result.stdout + result.stderr).split("Job stats:")[1].split("total")[0]
+    for rule, count in re.findall(r"^(\w+) +(\d+)$", table, re.M):
+        counts[re.sub(r"_\d+$", "", rule)] += int(count)
+    assert planning.jobs(read_study(path), read_catalogue()) == counts
+
+
+def test_a_study_that_segments_is_refused_rather_than_guessed():
+    study = LARGE | {"tasks": [], "segmentation": {"data": "scenes"}}
+    with pytest.raises(TocomError, match="does not cover segmentation"):
+        planning.jobs(parse_study(study), read_catalogue())
+
+
+# --- passes ---------------------------------------------------------------------------------------------------------
+
+
+def test_passes_of_the_tiny_study_are_those_counted_by_hand():
+    study = read_study(TINY)
+    result = planned(study, {"digits": Sizes(64, 32, 60), "rotation": Sizes(64, 32, 60)})
+    assert {stage: amount.known for stage, amount in result.passes.items()} == {
+        # Two epochs of 128; 32 held-out ones after each of them, and at degrees 0 to 4.
+        "pretrain": 2 * 128 + 32 * (2 + 5),
+        # Teacher and student on two epochs of 64, and on 32 held-out ones before them and after each.
+        "distil": 2 * (2 * 64) + 2 * (3 * 32),
+        # Two tasks, two seeds, degrees 0, 4 (scored at one degree) and random (scored at three); two epochs.
+        "finetune": 2 * 2 * (3 * 2 * 64 + 2 * 32 * (1 + 1 + 3)),
+        # Plain at both degrees; compensated at the other one, after two scales were tried.
+        "evaluate": 2 * 2 * (3 * 2 * 60 + 2 * (60 + 2 * 32)),
+        # Both tasks' gaps and none, on both tasks, for both seeds.
+        "transfer": 3 * 2 * 2 * 60,
+        # Three models at both degrees, one warm-up and three rounds of eight.
+        "throughput": 3 * 2 * 4 * 8,
+    }
+    assert all(amount.whole for amount in result.passes.values())
+
+
+class Sums(dict):
+    def add(self, key, value):
+        self[key] = self.get(key, 0) + value
+
+
+def test_passes_are_those_of_a_real_run(tmp_path, monkeypatch):
+    """Every image that goes through a model is counted while the stages run; the plan says the same."""
+    from tocom.models import save_model
+    from tocom.stages.distil import distil
+    from tocom.stages.evaluate import evaluate
+    from tocom.stages.finetune import finetune
+    from tocom.vit import CompressedViT
+
+    config = yaml.safe_load(TINY.read_text()) | {"tasks": ["digits"], "seeds": [0], "train_degrees": [3, "random"]}
+    config["evaluate"] = {"device": "cpu", "scales": [0.5, 1], "may_decline": False}
+    study = parse_study(config)
+    save_model(tmp_path / "backbone", build(), ARCHITECTURE, KWARGS)
+    registry.prepare("digits", tmp_path / "data", {"train": 64, "val": 32, "test": 60})
+    seen, real = Sums(), CompressedViT.forward
+
+    def counting(self, images):
+        if len(images) > 1:  # one image alone is a count of FLOPs
+            seen.add((stage, "train" if torch.is_grad_enabled() else "infer"), len(images))
+        return real(self, images)
+
+    monkeypatch.setattr(CompressedViT, "forward", counting)
+    stage = "distil"
+    distil(tmp_path / "backbone", tmp_path / "tocom", study.max_degree, settings=study.distil)
+    for degree in study.train_degrees:
+        stage, path = "finetune", tmp_path / str(degree)
+        finetune(tmp_path / "backbone", tmp_path / "data", path, degree, 0, max_degree=4, settings=study.finetune)
+        stage = "evaluate"
+        compensators = {"tocom": tmp_path / "tocom"}
+        degrees = list(study.infer_degrees)
+        evaluate([path], tmp_path / "data", compensators, [tmp_path / "out"], degrees, study.evaluate)
+    expected = Sums()
+    for work in planning.works(study, {"digits": Sizes(64, 32, 60)}, {"tiny_vit": None}):
+        if work.stage in ("distil", "finetune", "evaluate"):
+            expected.add((work.stage, work.mode), work.images)
+    assert seen == expected
+
+
+def test_a_model_that_is_used_as_it_is_is_not_trained():
+    config = yaml.safe_load(TINY.read_text()) | {"tasks": ["digits"], "seeds": [0], "train_degrees": [0]}
+    study = parse_study(config | {"finetune": {"tuning": {"mode": "none"}}})
+    passes = planned(study, {"digits": Sizes(64, 32, 60)}).passes
+    assert passes["finetune"].known == 32
+    assert "transfer" not in passes
+
+
+# --- hours ----------------------------------------------------------------------------------------------------------
+
+
+def test_hours_are_passes_over_images_a_second():
+    study = read_study(TINY)
+    result = planned(study, {"digits": Sizes(64, 32, 60), "rotation": Sizes(64, 32, 60)})
+    assert result.hours["evaluate"].known == pytest.approx(result.passes["evaluate"].known / 200 / 3600)
+    train, score = 2 * 2 * 3 * 2 * 64, 2 * 2 * 2 * 32 * 5
+    assert result.hours["finetune"].known == pytest.approx((train / 50 + score / 200) / 3600)
+    assert result.device == "a device"
+
+
+def test_random_degrees_take_the_mean_time_of_all_and_a_fixed_one_its_own():
+    study = parse_study(yaml.safe_load(TINY.read_text()) | {"tasks": ["digits"], "seeds": [0]})
+    sizes = {"digits": Sizes(64, 32, 60)}
+    images = {"tiny_vit": None}
+    seconds = {degree: 10.0 - degree for degree in range(5)}
+    model = Model("m", {}, 1)
+    rates = Rates(
+        Rate("m", 32, "tome", "fp32", "d", degree, mode, 1 / seconds[degree]) for degree in (0, 2, 4) for mode in FLAT
+    )
+    result = planning.plan(study, rates, {"tiny_vit": model}, sizes, images)
+    train = 2 * 64 * (seconds[0] + seconds[4] + np.mean(list(seconds.values())))
+    score = 2 * 32 * (seconds[0] + seconds[4] + seconds[0] + seconds[2] + seconds[4])
+    assert result.hours["finetune"].known * 3600 == pytest.approx(train + score)
+
+
+# --- disk -----------------------------------------------------------------------------------------------------------
+
+
+def test_disk_space_is_that_of_the_files_which_a_run_writes(tmp_path):
+    from tocom.files import load_arrays, save_arrays
+    from tocom.models import save_model
+
+    study = parse_study(yaml.safe_load(TINY.read_text()) | {"tasks": ["digits"]})
+    registry.prepare("digits", tmp_path / "data", {"train": 64, "val": 32, "test": 60})
+    prepared = sum(a.nbytes for name, a in load_arrays(tmp_path / "data")[0].items() if name.endswith("images"))
+    save_model(tmp_path / "model", build(), ARCHITECTURE, KWARGS)
+    parameters = planning.describe(study.backbones[0]).parameters
+    weights = sum(a.nbytes for a in load_arrays(tmp_path / "model")[0].values())
+    assert parameters * 4 == weights
+    result = planned(study, {"digits": Sizes(64, 32, 60)}, parameters=parameters).disk
+    assert result["prepared tasks"].known == prepared
+    assert result["checkpoints"].known == 6 * weights
+    assert result["backbones"].known == weights
+    written = 0
+    for cells in (4, 4, 2):  # degrees 0 and 4 with and without ToCom, and random degrees without
+        arrays = {"predictions": np.zeros((cells, 60), np.int16), "labels": np.zeros(60, np.int64)}
+        save_arrays(tmp_path / "predictions", arrays)
+        written += 2 * sum(a.nbytes for a in load_arrays(tmp_path / "predictions")[0].values())
+    assert result["predictions"].known == written
+
+
+def test_downloads_are_counted_once_and_training_images_that_stay_files_are_not_decoded():
+    study = parse_study(LARGE)
+    catalogue = read_catalogue()
+    assert planning.downloads(study, catalogue) == ["cifar100", "vtab-1k", "imagenet1k"]
+    sizes = {name: Sizes(1000, 100, 500) for name in study.task_names}
+    result = planned(study, sizes, {"deit_s": 10, "deit_b": 10}).disk
+    expected = sum(catalogue[name].unpacked_bytes for name in ("cifar100", "vtab-1k", "imagenet1k"))
+    assert result["data sets, unpacked"].known == expected
+    assert result["prepared tasks"].known == 4 * 600 * 3 * 224**2
+
+
+# --- what is known beforehand ---------------------------------------------------------------------------------------
+
+
+def test_what_is_not_known_is_said_and_not_guessed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    study, catalogue = parse_study(LARGE), read_catalogue()
+    sizes = {task.name: planning.task_sizes(study, task, catalogue) for task in study.tasks}
+    assert sizes["mine"] == planning.UNKNOWN
+    assert sizes["cifar100"] == Sizes(45_000, 5_000, 10_000)
+    assert sizes["vtab.dtd"] == Sizes(800, 200, 1880)
+    result = planned(study, sizes)
+    assert result.unknown == ("mine", "images to distil deit_s on", "images to distil deit_b on")
+    for stage in ("finetune", "evaluate", "transfer"):
+        assert not result.passes[stage].whole
+        assert result.passes[stage].known > 0
+        assert not result.hours[stage].whole
+    assert result.passes["throughput"].whole
+    assert not result.disk["prepared tasks"].whole
+    assert result.disk["checkpoints"].whole
+    assert not planning.total_of(result.hours).whole
+    assert [Amount(3.0).text(str), Amount(3.0, False).text(str), Amount(0, False).text(str)] == [
+        "3.0",
+        "3.0 + unknown",
+        "unknown",
+    ]
+
+
+@given(
+    st.integers(2, 60),
+    st.none() | st.integers(1, 30),
+    st.integers(1, 30),
+    st.none() | st.integers(1, 80),
+    st.none() | st.sampled_from([0.1, 0.34, 0.5, 1, 2, 7]),
+    st.none() | st.integers(1, 40),
+)
+def test_sizes_are_those_that_preparing_a_task_gives(n_train, n_val, n_test, train, val, test):
+    counts = {"train": n_train, "test": n_test} | ({} if n_val is None else {"val": n_val})
+    items = {
+        split: Items(np.zeros(n, np.int64), arrays=np.zeros((n, 3, 1, 1), np.uint8)) for split, n in counts.items()
+    }
+    data = DataSettings(train=train, val=val, test=test)
+    try:
+        listing = registry.downloaded(
+            Listing(1, "group", "me", items), {"train": data.train, "val": data.val, "test": data.test}
+        )
+    except TocomError:  # too few images to choose on
+        return
+    expected = Sizes(*(len(listing.splits[split]) for split in Sizes._fields))
+    assert planning.split_sizes(n_train, n_val, n_test, data) == expected
+
+
+@pytest.mark.parametrize("name", ["digits", "rotation"])
+@pytest.mark.parametrize("sizes", [{}, {"train": 100, "val": 30, "test": 5000}])
+def test_sizes_of_bundled_tasks_are_those_of_their_splits(name, sizes):
+    if name == "rotation" and sizes:
+        sizes = sizes | {"test": 7}
+    study = parse_study(yaml.safe_load(TINY.read_text()) | {"tasks": [name], "data": sizes})
+    wanted = {split: sizes.get(split) for split in Sizes._fields}
+    splits = registry.bundled(name, wanted).splits
+    expected = Sizes(*(len(splits[split]) for split in Sizes._fields))
+    assert planning.task_sizes(study, study.tasks[0], {}) == expected
+
+
+def test_images_of_a_folder_are_counted(tmp_path):
+    for split, n in (("train", 10), ("test", 3)):
+        (tmp_path / split / "a").mkdir(parents=True)
+        for number in range(n):
+            (tmp_path / split / "a" / f"{number}.png").write_bytes(b"")
+    tasks = [{"name": "mine", "folder": str(tmp_path)}]
+    study = parse_study(yaml.safe_load(TINY.read_text()) | {"tasks": tasks, "data": {"val": 0.2}})
+    assert planning.task_sizes(study, study.tasks[0], {}) == Sizes(8, 2, 3)
+
+
+def test_the_images_of_a_hub_data_set_are_known_once_it_is_prepared(tmp_path, monkeypatch):
+    from tocom.files import save_arrays
+
+    monkeypatch.chdir(tmp_path)
+    study = parse_study(yaml.safe_load(TINY.read_text()) | {"tasks": [{"name": "mine", "hub": "a/b"}]})
+    assert planning.task_sizes(study, study.tasks[0], {}) == planning.UNKNOWN
+    about = {"sizes": {"train": 9, "val": 2, "test": 4}}
+    save_arrays("results/tiny/data/mine.safetensors", {"x": np.zeros(1)}, about)
+    assert planning.task_sizes(study, study.tasks[0], {}) == Sizes(9, 2, 4)
+
+
+def test_the_catalogue_states_the_splits_of_every_task(tmp_path):
+    catalogue = read_catalogue()
+    tasks = [name for name, entry in catalogue.items() if entry.family in FAMILIES]
+    assert len(tasks) >= 24
+    for name in tasks:
+        counts = planning._downloaded_counts(name, str(tmp_path), catalogue)
+        assert {"train", "test"} <= counts.keys(), name
+
+
+def test_the_real_models_have_their_published_sizes():
+    study = parse_study(LARGE)
+    models = [planning.describe(backbone) for backbone in study.backbones]
+    # DeiT (arXiv 2012.12877), table 1: 22 and 86 million.
+    assert [round(model.parameters / 1e6) for model in models] == [22, 87]
+    assert all(model.proportional_attention for model in models)
+    assert planning.describe(read_study(ROOT / "config" / "demo.yaml").backbones[0]).label.startswith("vit_tiny")
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command_measures_saves_reads_and_prints(tmp_path, capsys):
+    from tocom.rates import device_name, read_rates
+
+    file = tmp_path / "rates.csv"
+    planning.plan_command(TINY, save_rates=file, device="cpu", batch_size=4, seconds=0)
+    first = capsys.readouterr().out
+    assert {(rate.degree, rate.mode) for rate in read_rates(file)} == {(d, m) for d in (0, 2, 4) for m in FLAT}
+    planning.plan_command(TINY, rates=file)
+    second = capsys.readouterr().out
+    assert first == second
+    assert device_name(torch.device("cpu")) in " ".join(second.split())
+    assert re.search(r"together\W+\d+", second)
+    for word in ("finetune", "distil", "evaluate", "checkpoints", "prepared tasks"):
+        assert word in second
+    with pytest.raises(TocomError, match="one of them"):
+        planning.plan_command(TINY, rates=file, save_rates=file)
+    with pytest.raises(TocomError, match="no rate of"):
+        planning.plan_command(ROOT / "config" / "demo.yaml", rates=file)
+
+
+def test_planning_imports_no_torch():
+    code = "import sys, tocom.plan; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -1,0 +1,43 @@
+"""Readers of the downloaded data sets: a family is a module with ``listing(folder, name) -> Listing``.
+
+A reader takes the folder that `tocom data fetch` has filled, in the layout of the original archives, and decodes no
+image. To add a data set in a known layout, add an entry to the catalogue; for another layout add a module here.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from importlib import import_module
+
+from tocom.data.listing import Listing
+from tocom.errors import TocomError
+
+#: Families that give labelled images; the catalogue's others are read elsewhere (see `_ELSEWHERE`).
+FAMILIES = ("cars", "cifar", "cub", "dogs", "flowers", "imagenet", "vtab")
+_ELSEWHERE = {
+    "ade20k": "is for segmentation; use it in a segmentation study",
+    "collection": "holds several tasks; name one, such as vtab.dtd",
+    "source": "is a source of VTAB-1k; build the task with `tocom data build-vtab`",
+}
+
+
+def load_listing(name: str, root: str | os.PathLike, catalogue=None) -> Listing:
+    """Return the images of a downloaded data set; number of classes, group and title are the catalogue's.
+
+    Args:
+        name: a data set of the catalogue. root: the folder of all downloaded data sets.
+        catalogue: as read, or its path; the usual one by default.
+
+    Raises:
+        TocomError: the data set is unknown, not (completely) downloaded, or not what its catalogue entry says.
+    """
+    from tocom.data.catalogue import find
+    from tocom.data.fetch import folder_of
+
+    data_set = find(name, catalogue)
+    if data_set.family not in FAMILIES:
+        raise TocomError(f"{name} {_ELSEWHERE.get(data_set.family, f'is of an unknown family, {data_set.family!r}')}")
+    folder = folder_of(name, root, catalogue)
+    listing = import_module(f"{__name__}.{data_set.family}").listing(folder, name)
+    return replace(listing, classes=data_set.classes, group=data_set.group, source=data_set.title)

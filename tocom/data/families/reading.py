@@ -1,0 +1,127 @@
+"""What the readers share: files of lists and MATLAB structs, and errors that name the file and the fix."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from tocom.data.listing import Items
+from tocom.errors import TocomError
+
+
+def malformed(path: Path, reason: str) -> TocomError:
+    """Return the error for a file that is not what it should be."""
+    return TocomError(f"{path} {reason}; delete the data set's folder and fetch it again with `tocom data fetch`")
+
+
+@contextlib.contextmanager
+def reading(path: Path, *errors: type[Exception]) -> Iterator[None]:
+    """Turn what goes wrong while a file is parsed into one line.
+
+    Args:
+        errors: exceptions of the parser beside those that every parser may raise.
+
+    Raises:
+        TocomError: the file is missing or not in its format.
+    """
+    try:
+        yield
+    except TocomError:
+        raise
+    except FileNotFoundError:
+        raise malformed(path, "is missing") from None
+    except (OSError, ValueError, KeyError, IndexError, TypeError, EOFError, AttributeError, *errors) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise malformed(path, f"is not in its format ({type(error).__name__}: {reason})") from None
+
+
+def read_table(path: Path, columns: int) -> list[list[str]]:
+    """Return the rows of a text file of columns set apart by blanks; only the last column may hold blanks itself.
+
+    Raises:
+        TocomError: the file is missing, empty, no text, or has a row with too few columns.
+    """
+    with reading(path):
+        rows = [line.split(maxsplit=columns - 1) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    short = next((number for number, row in enumerate(rows, start=1) if len(row) < columns), None)
+    if not rows or short:
+        raise malformed(path, f"has fewer than {columns} columns in line {short}" if short else "is empty")
+    return rows
+
+
+def read_mat(path: Path, *names: str) -> tuple[np.ndarray, ...]:
+    """Return variables of a MATLAB 5 file, each as an array [n] (of numbers, of texts, or a struct array).
+
+    Raises:
+        TocomError: the file is missing, not in the format, or has no such variable.
+    """
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    with reading(path, MatReadError, zlib.error, struct.error, NotImplementedError):
+        content = loadmat(path, squeeze_me=True, variable_names=list(names))
+        return tuple(np.atleast_1d(content[name]) for name in names)
+
+
+def items_of(files: Sequence[Path], labels: Sequence[int] | np.ndarray, lists: Path) -> Items:
+    """Return images and their labels.
+
+    Args:
+        lists: the file that names the images, for errors.
+
+    Raises:
+        TocomError: there are not as many labels as images, or an image is missing.
+    """
+    with reading(lists):
+        labels = np.asarray([int(label) for label in labels], dtype=np.int64)
+    if len(labels) != len(files):
+        raise malformed(lists, f"has {len(labels)} labels for {len(files)} images")
+    missing = [file for file in files if not file.is_file()]
+    if missing:
+        raise malformed(lists, f"names {len(missing)} images that are not there, such as {missing[0]}")
+    return Items(labels, files=tuple(files))
+
+
+def class_names(folder: Path) -> list[str]:
+    """Return the names of the sub-folders, sorted; hidden ones are no classes.
+
+    Raises:
+        TocomError: the folder is missing, or has none.
+    """
+    with reading(folder), os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    if not names:
+        raise malformed(folder, "holds no class folders")
+    return names
+
+
+def by_class(folder: Path, classes: dict[str, int] | None = None) -> Items:
+    """Return the images of a folder with a sub-folder for each class, sorted by class and name.
+
+    Args:
+        classes: the label of each sub-folder; without it, the sub-folders count up in alphabetical order.
+
+    Raises:
+        TocomError: the folder is missing or empty, or holds a class that is not among ``classes``.
+    """
+    names = class_names(folder)
+    classes = classes if classes is not None else {name: label for label, name in enumerate(names)}
+    unknown = [name for name in names if name not in classes]
+    if unknown:
+        raise malformed(folder, f"has the class {unknown[0]!r}, which the training images have not")
+    files = []
+    with reading(folder):
+        for name in names:
+            # A scan tells files from folders without asking for each, which takes minutes for ImageNet on a network.
+            with os.scandir(folder / name) as entries:
+                found = sorted(entry.name for entry in entries if entry.is_file() and not entry.name.startswith("."))
+            files += [(folder / name / file, classes[name]) for file in found]
+    if not files:
+        raise malformed(folder, "holds no images")
+    return Items(np.array([label for _, label in files], dtype=np.int64), files=tuple(path for path, _ in files))

@@ -1,0 +1,119 @@
+"""Several processes that train one model, as torchrun starts them; with one process, everything here does nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+
+from tocom.errors import TocomError
+from tocom.timing import is_main
+
+__all__ = [
+    "broadcast",
+    "gather",
+    "is_main",
+    "own_device",
+    "processes",
+    "rank",
+    "share",
+    "sum_gradients",
+    "sum_values",
+    "wait_for_all",
+    "world_size",
+]
+
+
+def world_size() -> int:
+    """Return the number of processes that torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Return the number of this process among them, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def own_device(device: torch.device) -> torch.device:
+    """Return the GPU of this process where "cuda" stands for one GPU a process; other devices stay as they are.
+
+    Raises:
+        TocomError: the node has fewer GPUs than processes.
+    """
+    if world_size() == 1 or device.type != "cuda" or device.index is not None:
+        return device
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if local >= torch.cuda.device_count():
+        raise TocomError(
+            f"process {local} of this node has no GPU: torch sees {torch.cuda.device_count()};"
+            " start as many processes as there are GPUs"
+        )
+    return torch.device("cuda", local)
+
+
+@contextmanager
+def processes(device: torch.device) -> Iterator[None]:
+    """Join the other processes for the length of the block: NCCL between GPUs, gloo between CPUs."""
+    if world_size() == 1 or distributed.is_initialized():
+        yield
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+@torch.no_grad()
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Overwrite every process's tensors by those of the main one."""
+    if distributed.is_initialized():
+        for tensor in tensors:
+            distributed.broadcast(tensor, src=0)
+
+
+@torch.no_grad()
+def sum_gradients(parameters: Sequence[Tensor]) -> None:
+    """Add up gradients over all processes, in one message; a parameter that no process used stays without one."""
+    if not distributed.is_initialized():
+        return
+    used = torch.tensor([float(p.grad is not None) for p in parameters], device=parameters[0].device)
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+    total = torch.cat([used, *(gradient.flatten() for gradient in gradients)])
+    distributed.all_reduce(total)
+    used, *parts = total.split([len(parameters), *(p.numel() for p in parameters)])
+    for parameter, part, count in zip(parameters, parts, used.tolist(), strict=True):
+        parameter.grad = part.view_as(parameter) if count else None
+
+
+def sum_values(value: Tensor) -> Tensor:
+    """Return a tensor summed over all processes."""
+    if distributed.is_initialized():
+        distributed.all_reduce(value)
+    return value
+
+
+def share(items: Sequence[Any]) -> Sequence[Any]:
+    """Return every world_size-th item, from this process's rank on; :func:`gather` puts results in order again."""
+    return items[rank() :: world_size()] if distributed.is_initialized() else items
+
+
+def gather(results: list[Any]) -> list[Any]:
+    """Return the results for all items of which every process worked on its :func:`share`, in the items' order."""
+    if not distributed.is_initialized():
+        return results
+    parts: list[list[Any]] = [[] for _ in range(world_size())]
+    distributed.all_gather_object(parts, results)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(sum(map(len, parts)))]
+
+
+def wait_for_all() -> None:
+    """Return once every process has come here."""
+    if distributed.is_initialized():
+        distributed.barrier()
