@@ -20,7 +20,8 @@ import yaml
 from tests.data.disk import file_limit
 from tests.data.server import serve
 from tocom.data import fetch as module
-from tocom.data.fetch import Patience, check, fetch, folder_of, read_record, status
+from tocom.data.download import Patience
+from tocom.data.fetch import check, fetch, folder_of, read_record, status
 from tocom.errors import TocomError
 
 QUICK = Patience(tries=2, wait=0, timeout=5)
@@ -423,7 +424,7 @@ def test_without_a_checksum_a_piece_of_unknown_origin_is_not_continued(root, unv
 
 
 def test_a_mirror_that_sends_far_more_than_the_catalogue_says_is_cut_off(root, tmp_path, mirrors, monkeypatch):
-    monkeypatch.setattr(module, "_SLACK", 100_000)
+    monkeypatch.setattr("tocom.data.download._SLACK", 100_000)
     entry = remote(mirrors, "pets.tgz", unpack=".", size=100)
     message = failure("pets", root, catalogue(tmp_path, entry))
     assert message.count("sends far more than the 100 B that the catalogue says") == 2

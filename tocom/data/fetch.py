@@ -20,11 +20,8 @@ import contextlib
 import json
 import logging
 import os
-import re
 import shutil
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
@@ -32,6 +29,7 @@ from urllib.parse import quote, unquote, urlsplit
 from pydantic import ValidationError
 
 from tocom.data.catalogue import Catalogue, DataSet, RemoteFile, as_catalogue, owner_of, size_text
+from tocom.data.download import TAG, CutError, Patience, WrongError, bar_of, download_file, part_name
 from tocom.data.unpack import unpack
 from tocom.errors import TocomError
 from tocom.files import sha256
@@ -39,30 +37,9 @@ from tocom.settings import Settings
 
 RECORD = ".complete.json"
 SUMS = ".sha256sums"
-_TAG = ".tag"
-_CHUNK = 1 << 20
-#: How many bytes beyond half as many again a file may have before a mirror is cut off; sizes in catalogues are rounded.
-_SLACK = 64_000_000
-#: Answers after which asking the same mirror again may help.
-_PASSING = {408, 425, 429}
 _log = logging.getLogger(__name__)
 
 CatalogueOrPath = Catalogue | str | os.PathLike | None
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long a mirror is tried.
-
-    Attributes:
-        tries: attempts in a row that bring nothing new before the next mirror is tried.
-        wait: seconds before the second attempt; doubled with each that brings nothing.
-        timeout: seconds without a byte until a connection counts as cut.
-    """
-
-    tries: int = 4
-    wait: float = 1.0
-    timeout: float = 30.0
 
 
 class FetchedFile(Settings):
@@ -88,18 +65,6 @@ class Record(Settings):
     bytes: int
     digest: str | None = None
     folder: str | None = None
-
-
-class _CutError(Exception):
-    """A mirror gave no file, or not all of it; ``final`` if asking again would not help."""
-
-    def __init__(self, reason: str, final: bool = False):
-        super().__init__(reason)
-        self.final = final
-
-
-class _WrongError(Exception):
-    """A mirror gave a file with another checksum."""
 
 
 def default_root() -> Path:
@@ -239,6 +204,11 @@ def fetch(
     return folder_of(name, root, entries)
 
 
+def _is_occupied(folder: Path) -> bool:
+    """Return whether something is there; an empty folder, as a workflow makes for the files of a job, is nothing."""
+    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+
+
 def _is_complete(name: str, root: Path, entry: DataSet) -> bool:
     record = read_record(root / name)
     if record is not None and not _is_current(record, entry):
@@ -246,7 +216,7 @@ def _is_complete(name: str, root: Path, entry: DataSet) -> bool:
             f"{root / name} was fetched with other files or checksums than the catalogue has now;"
             " fetch it again with --force"
         )
-    if record is None and (root / name).exists():
+    if record is None and _is_occupied(root / name):
         raise TocomError(
             f"{root / name} is there, but was not made by `tocom data fetch`; move it away"
             " (then `--from FOLDER` registers it), or replace it with --force"
@@ -282,15 +252,11 @@ def _clear_killed(name: str, root: Path, entry: DataSet) -> None:
     for leftover in (_staging_folder(root, name), old):
         if leftover.exists():
             shutil.rmtree(leftover)
-    known = {name for f in entry.files for name in (f.name, _part_name(f), _part_name(f) + _TAG)}
+    known = {name for f in entry.files for name in (f.name, part_name(f), part_name(f) + TAG)}
     download = _download_folder(root, name)
     for path in download.iterdir() if download.exists() else ():
         if path.name not in known:
             path.unlink()
-
-
-def _part_name(file: RemoteFile) -> str:
-    return f".{file.name}.part"
 
 
 @dataclass
@@ -358,7 +324,7 @@ class _Job:
 
     def _check_space(self) -> None:
         download = _download_folder(self.root, self.name)
-        names = {file.name: (file.name, _part_name(file)) for file in self.entry.files}
+        names = {file.name: (file.name, part_name(file)) for file in self.entry.files}
         there = sum((download / n).stat().st_size for pair in names.values() for n in pair if (download / n).exists())
         unpacked = self.entry.unpacked_bytes if any(file.unpack is not None for file in self.entry.files) else 0
         needed = max(0, self.entry.download_bytes - there) + unpacked
@@ -382,8 +348,8 @@ class _Job:
         problems: list[tuple[str, Exception]] = []
         for url in self._urls(file, local):
             try:
-                path = _download(file, url, download, f"{self.name}: {file.name}", self.patience)
-            except (_CutError, _WrongError) as problem:
+                path = download_file(file, url, download, f"{self.name}: {file.name}", self.patience)
+            except (CutError, WrongError) as problem:
                 problems.append((_host(url), problem))
                 continue
             checksum = file.checksum or f"sha256:{sha256(path)}"
@@ -403,7 +369,7 @@ class _Job:
     def _report(self, file: RemoteFile, download: Path, problems: list[tuple[str, Exception]]) -> str:
         reasons = "; ".join(f"{host}: {problem}" for host, problem in problems)
         elsewhere = "give another mirror with --mirror URL or a copy of your own with --from PATH"
-        if all(isinstance(problem, _WrongError) for _, problem in problems):
+        if all(isinstance(problem, WrongError) for _, problem in problems):
             return (
                 f"{self.name}: {file.name} has the wrong checksum on every mirror, expected {file.checksum}: {reasons};"
                 f" look for news at {self.entry.homepage}, or {elsewhere}"
@@ -430,7 +396,7 @@ class _Job:
         archives = [file for file in self.entry.files if file.unpack is not None]
         limit = self.entry.unpacked_bytes + self.entry.unpacked_bytes // 2
         title = f"{self.name}: unpacking"
-        with _bar(None, title, "B", unit_scale=True, total=self.entry.unpacked_bytes, disable=not archives) as bar:
+        with bar_of(None, title, "B", unit_scale=True, total=self.entry.unpacked_bytes, disable=not archives) as bar:
             for file in archives:
                 try:
                     limit -= unpack(download / file.name, staging / file.unpack, limit, advance=bar.update)
@@ -447,7 +413,7 @@ class _Job:
 
     def _seal(self, folder: Path, fetched: list[FetchedFile]) -> None:
         lines, size = [], 0
-        for path in _bar(_files_below(folder), f"{self.name}: hashing"):
+        for path in bar_of(_files_below(folder), f"{self.name}: hashing"):
             lines.append(f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n")
             size += path.stat().st_size
         (folder / SUMS).write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
@@ -504,214 +470,6 @@ def _host(url: str) -> str:
     return parts.netloc.rpartition("@")[2] or unquote(parts.path)
 
 
-def _bar(items: Iterable | None, title: str, unit: str = "file", **options):
-    """Show progress with rate and time left; in a log file, one update every few seconds."""
-    from tqdm import tqdm
-
-    interval = 0.2 if sys.stderr.isatty() else 10
-    return tqdm(items, desc=title, unit=unit, mininterval=interval, dynamic_ncols=True, **options)
-
-
-# --- one file from one mirror -------------------------------------------------------------------------------------
-
-
-def _download(file: RemoteFile, url: str, folder: Path, title: str, patience: Patience) -> Path:
-    """Leave a verified file in ``folder`` and return its path.
-
-    Raises:
-        _CutError: the mirror does not have it, or broke off; the part that arrived stays.
-        _WrongError: its checksum is wrong, also when fetched in one piece; it is deleted.
-        OSError: the disk is full.
-    """
-    import pooch
-
-    pooch.get_logger().setLevel("WARNING")
-    part = folder / _part_name(file)
-    for last in (False, True):
-        resume = Resume(part, file.size, title, patience, file.checksum is not None)
-        try:
-            return Path(pooch.retrieve(url, file.checksum, file.name, folder, downloader=resume))
-        except ValueError as error:  # pooch's way to say that the hash is wrong; it has deleted the file
-            # A piece from an earlier run or another mirror may be to blame: once more, from the start.
-            if last or not resume.resumed:
-                found = re.search(r"but got (\w+)", str(error))
-                algorithm = (file.checksum or "").partition(":")[0]
-                raise _WrongError(f"found {algorithm}:{found[1]}" if found else str(error)) from None
-    raise AssertionError("unreachable")
-
-
-class Resume:
-    """A downloader for pooch that goes on where a connection was cut, in this run or an earlier one.
-
-    With a checksum, pieces of several mirrors may be put together: the checksum tells whether they fit. Without one, a
-    piece is only continued at the URL that it came from, and only if the server says that the file is the same (the
-    If-Range of RFC 9110, section 13.1.5).
-
-    Args:
-        part: where bytes are kept until the file is whole.
-        size: bytes that are expected; a mirror that sends far more is cut off.
-        hashed: whether a checksum will be compared.
-    """
-
-    def __init__(self, part: Path, size: int, title: str, patience: Patience, hashed: bool):
-        self.part, self.size, self.title, self.patience, self.hashed = part, size, title, patience, hashed
-        self.tag = part.with_name(part.name + _TAG)
-        self.resumed = False
-
-    def __call__(self, url: str, output_file: str, _pooch: object) -> None:
-        """Download ``url`` to ``output_file``, on the same file system as ``part``."""
-        most, failures = self._arrived(), 0
-        while True:
-            try:
-                self._receive(url)
-                self.part.replace(output_file)
-                self.tag.unlink(missing_ok=True)
-                return
-            except _CutError as cut:
-                if isinstance(cut, _CannotResumeError):
-                    self.part.unlink(missing_ok=True)
-                failures = 0 if self._arrived() > most else failures + 1
-                most = max(most, self._arrived())
-                if cut.final or failures >= self.patience.tries:
-                    if not self.hashed and not self.tag.exists():
-                        self.part.unlink(missing_ok=True)  # nobody could tell what it belongs to
-                    raise
-                time.sleep(self.patience.wait * 2 ** max(0, failures - 1))
-
-    def _arrived(self) -> int:
-        return self.part.stat().st_size if self.part.exists() else 0
-
-    def _validator(self, url: str) -> str | None:
-        """What the server called the file that the part is of, if that came from this URL."""
-        if not self.tag.exists():
-            return None
-        source, _, validator = self.tag.read_text(encoding="utf-8").partition("\n")
-        return validator if source == url else None
-
-    def _receive(self, url: str) -> None:
-        """Append to the part what is missing; raise _CutError if it is not whole then."""
-        same = None if self.hashed else self._validator(url)
-        offset = self._arrived() if self.hashed or same else 0
-        most = int(1.5 * self.size + _SLACK)
-        opener = _open_file if url.startswith("file:") else _open_http
-        with opener(url, offset, same, self.patience.timeout) as (start, total, chunks, validator):
-            self.resumed = start > 0
-            if not self.hashed and not start:
-                self.tag.unlink(missing_ok=True)
-                if validator:
-                    self.tag.write_text(f"{url}\n{validator}", encoding="utf-8")
-            bar = _bar(None, self.title, "B", unit_scale=True, total=total or self.size, initial=start)
-            with self.part.open("r+b" if start else "wb") as stream, bar:
-                arrived = stream.seek(start)
-                try:
-                    for chunk in chunks:
-                        arrived += stream.write(chunk)
-                        bar.update(len(chunk))
-                        if arrived > most:
-                            break
-                except _CutError as cut:
-                    raise _CutError(f"{cut} after {arrived:,} of {total or self.size:,} bytes", cut.final) from None
-        if arrived > most:
-            self.part.unlink()
-            raise _CutError(f"sends far more than the {size_text(self.size)} that the catalogue says", final=True)
-        if total is not None and arrived < total:
-            raise _CutError(f"connection cut after {arrived:,} of {total:,} bytes")
-
-
-#: A source opened at an offset: where it really starts (0 if it cannot resume), size of the whole, the bytes, and a
-#: validator for If-Range.
-_Opened = tuple[int, int | None, Iterator[bytes], str | None]
-
-
-@contextlib.contextmanager
-def _open_file(url: str, offset: int, _same: None, _timeout: float) -> Iterator[_Opened]:
-    path = Path(unquote(urlsplit(url).path))
-    try:
-        stream = path.open("rb")
-    except OSError as error:
-        raise _CutError(error.strerror or str(error), final=True) from None
-    with stream:
-        total = os.fstat(stream.fileno()).st_size
-        start = offset if offset <= total else 0
-        stream.seek(start)
-        yield start, total, iter(lambda: _reading(stream.read), b""), None
-
-
-def _reading(read: Callable[[int], bytes]) -> bytes:
-    try:
-        return read(_CHUNK)
-    except OSError as error:  # not to be mistaken for a full disk at the other end
-        raise _CutError(f"cannot be read: {error.strerror}", final=True) from None
-
-
-@contextlib.contextmanager
-def _open_http(url: str, offset: int, same: str | None, timeout: float) -> Iterator[_Opened]:
-    import requests
-
-    from tocom import __version__
-
-    # The bytes as they are on the mirror: servers that label a .tgz as "gzip-encoded" are not to be obeyed.
-    headers = {"Accept-Encoding": "identity", "User-Agent": f"tocom/{__version__}"}
-    if offset:
-        headers["Range"] = f"bytes={offset}-"
-    if offset and same:
-        headers["If-Range"] = same
-    try:
-        with requests.get(url, headers=headers, stream=True, timeout=timeout) as response:
-            start, total = _extent(response, offset)
-            chunks = _chunks(response, timeout) if start != total else iter(())
-            tag = response.headers.get("ETag", "")
-            strong = tag if tag.startswith('"') else None  # a weak one (W/) does not promise the same bytes
-            yield start, total, chunks, strong or response.headers.get("Last-Modified")
-    except requests.RequestException as error:
-        raise _CutError(_reason(error, timeout)) from None
-
-
-def _chunks(response, timeout: float) -> Iterator[bytes]:
-    from urllib3.exceptions import HTTPError
-
-    try:
-        yield from response.raw.stream(_CHUNK, decode_content=False)
-    except HTTPError as error:
-        raise _CutError(_reason(error, timeout)) from None
-
-
-def _extent(response, offset: int) -> tuple[int, int | None]:
-    """Return where an answer starts in the file, and the file's size if it is told."""
-    code = response.status_code
-    match = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+|\*)", response.headers.get("Content-Range", ""))
-    total = int(match[2]) if match and match[2].isdigit() else None
-    if code == 416 and total == offset:
-        return offset, total  # all of it had arrived before
-    if code == 206 and match and int(match[1] or -1) == offset:
-        return offset, total
-    if code == 200:
-        length = response.headers.get("Content-Length", "")
-        return 0, int(length) if length.isdigit() else None
-    if code in (206, 416):
-        raise _CannotResumeError(f"cannot resume at byte {offset}")
-    raise _CutError(f"{code} {response.reason}", final=code < 500 and code not in _PASSING)
-
-
-class _CannotResumeError(_CutError):
-    """The part does not fit what the mirror has."""
-
-
-def _reason(error: Exception, timeout: float) -> str:
-    """Say in a few words what requests and urllib3 say in many."""
-    import requests
-    from urllib3.exceptions import ProtocolError, ReadTimeoutError
-
-    kinds = {
-        (requests.exceptions.SSLError,): "its certificate is refused",
-        (requests.exceptions.ProxyError,): "the proxy does not answer",
-        (requests.exceptions.Timeout, ReadTimeoutError): f"no answer for {timeout:g} s",
-        (requests.exceptions.ConnectionError,): "no connection",
-        (ProtocolError,): "connection cut",
-    }
-    return next((text for kind, text in kinds.items() if isinstance(error, kind)), type(error).__name__)
-
-
 # --- check --------------------------------------------------------------------------------------------------------
 
 
@@ -742,7 +500,7 @@ def check(name: str, root: str | os.PathLike, catalogue: CatalogueOrPath = None)
     text = (folder / SUMS).read_text(encoding="utf-8", errors="surrogateescape")
     sums = {path: digest for digest, _, path in (line.partition("  ") for line in text.split("\n")[:-1])}
     there = {path.relative_to(folder).as_posix(): path for path in files}
-    for path in _bar(sorted(sums.keys() | there.keys()), f"{name}: hashing"):
+    for path in bar_of(sorted(sums.keys() | there.keys()), f"{name}: hashing"):
         if path not in there:
             raise TocomError(f"{folder / path} is missing; {again}")
         if path not in sums:

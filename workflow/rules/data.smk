@@ -15,7 +15,7 @@ rule fetch:
         mem_mb=memory("fetch"),
         runtime=minutes("fetch"),
     params:
-        root=STUDY.data.root,
+        root=lambda wildcards: STUDY.data.root,
     shell:
         "tocom data fetch {wildcards.dataset} --root {params.root:q} > {log} 2>&1"
 

@@ -1,0 +1,109 @@
+"""Every study of config/: its plan has as many jobs as the arithmetic says, and a tiny run makes all of its tables."""
+
+import re
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from tests.data.layouts import make_catalogue
+from tests.workflow.shrink import shrink
+from tests.workflow.test_workflow import ENVIRONMENT, snakemake, workplace
+from tocom.config import read_study
+
+ROOT = Path(__file__).parents[2]
+#: Study -> data sets that are downloaded, ImageNet-1k to distil on included.
+DOWNLOADS = {
+    "cifar100": 2,
+    "fgvc": 5,
+    "vtab1k": 2,
+    "backbones": 2,
+    "compressors": 2,
+    "speedup": 2,
+    "ablations": 2,
+    "gap_transfer": 6,
+    "full": 7,
+}
+
+
+def planned(folder, name):
+    result = snakemake(folder, "--configfile", f"config/{name}.yaml", "--dry-run", "--quiet", "rules")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return {match[1]: int(match[2]) for match in re.finditer(r"^(\w+) +(\d+)$", result.stdout, re.MULTILINE)}
+
+
+def expected(name):
+    """Count a study's jobs from its raw config."""
+    config = yaml.safe_load((ROOT / "config" / f"{name}.yaml").read_text())
+    models = len(config["backbones"]) * len(config.get("compressors", ["tome"]))
+    variants = config.get("compensators", {"tocom": {}})
+    distilled = len({str(sorted((k, v) for k, v in changes.items() if k != "scales")) for changes in variants.values()})
+    checkpoints = len(config["train_degrees"]) * len(config["seeds"]) * len(config["tasks"]) * models
+    once = ("gather_throughput", "gather_transfer", "cells", "significance", "tables", "paper_table", "figures", "all")
+    return (
+        DOWNLOADS[name]
+        + len(config["tasks"])
+        + len(config["backbones"])
+        + models * distilled
+        + 2 * checkpoints
+        + models * 2  # throughput and transfer
+        + len(once)
+    )
+
+
+@pytest.mark.parametrize("name", [name for name in DOWNLOADS if name != "full"])
+def test_a_study_plans_as_many_jobs_as_the_arithmetic_says(tmp_path, name):
+    assert planned(workplace(tmp_path), name)["total"] == expected(name)
+
+
+def test_the_segmentation_study_plans_its_jobs(tmp_path):
+    config = yaml.safe_load((ROOT / "config" / "ade20k.yaml").read_text())
+    runs = len(config["train_degrees"]) * len(config["seeds"])
+    once = ("import_backbone", "distil", "segment_prepare", "segment_table", "throughput", "gather_throughput", "all")
+    assert planned(workplace(tmp_path), "ade20k")["total"] == 2 + 2 * runs + len(once)
+
+
+def test_the_largest_study_is_planned_within_a_minute_and_two_gigabytes(tmp_path):
+    folder = workplace(tmp_path)
+    study = read_study(folder / "config" / "full.yaml")
+    assert (len(study.tasks), len(study.train_degrees), len(study.seeds)) == (24, 17, 3)
+    start = time.monotonic()
+    jobs = planned(folder, "full")
+    elapsed = time.monotonic() - start
+    largest_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000
+    assert jobs["total"] == expected("full") == 24 * 17 * 3 * 2 + 24 + 7 + 12
+    assert elapsed < 60
+    assert largest_mb < 2000
+
+
+@pytest.mark.parametrize("name", [name for name in DOWNLOADS if name != "full"])
+def test_a_tiny_run_of_a_study_makes_a_complete_set_of_tables(tmp_path, name):
+    folder = workplace(tmp_path)
+    (tmp_path / "mirror").mkdir()
+    catalogue = make_catalogue(tmp_path / "mirror", (tmp_path / "mirror").as_uri())
+    config = folder / "tiny.yaml"
+    config.write_text(yaml.safe_dump(shrink(ROOT / "config" / f"{name}.yaml", tmp_path / "data")))
+    result = subprocess.run(
+        [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", str(config)],
+        cwd=folder,
+        env=ENVIRONMENT
+        | {"TOCOM_CATALOGUE": str(catalogue), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    study, root = read_study(ROOT / "config" / f"{name}.yaml"), folder / "results" / name
+    for table in study.table_names:
+        for kind in ("md", "tex"):
+            assert (root / "tables" / f"{table}.{kind}").stat().st_size > 0
+    assert "not run" not in (root / "tables" / "paper.md").read_text().replace("not run here", "")
+    cells = pd.read_csv(root / "cells.csv", keep_default_na=False)
+    assert set(cells.compensator) == {"none", *study.variants}
+    assert set(cells.backbone) == {backbone.name for backbone in study.backbones}
+    assert set(cells.compressor) == set(study.compressors)
