@@ -8,7 +8,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 
-.PHONY: reproduce test check lock reference backbone clean help
+.PHONY: reproduce studies test check lock reference backbone clean help
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -46,6 +46,13 @@ lock:  ## Pin the newest versions that requirements/*.in allow
 	  uv pip compile --quiet --upgrade --generate-hashes --universal --python-version 3.11 --no-header --no-annotate \
 	    requirements/$$name.in -o requirements/$$name.txt; \
 	done
+
+STUDIES := cifar100 fgvc vtab1k backbones compressors speedup ablations gap_transfer ade20k
+PROFILE ?= profiles/default
+
+studies: $(VENV)/.run  ## Run every study of the paper and write their overview (PROFILE=profiles/slurm on a cluster)
+	for study in $(STUDIES); do snakemake --workflow-profile $(PROFILE) --configfile config/$$study.yaml; done
+	tocom analyse overview $(STUDIES:%=config/%.yaml) --output results/overview
 
 reference:  ## Make the present run the one that `snakemake verify` compares with
 	mkdir -p results/demo/reference

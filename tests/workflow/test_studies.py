@@ -91,8 +91,7 @@ def test_a_tiny_run_of_a_study_makes_a_complete_set_of_tables(tmp_path, name):
     result = subprocess.run(
         [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", str(config)],
         cwd=folder,
-        env=ENVIRONMENT
-        | {"TOCOM_CATALOGUE": str(catalogue), "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        env=ENVIRONMENT | {"TOCOM_CATALOGUE": str(catalogue)},
         capture_output=True,
         text=True,
         timeout=600,
