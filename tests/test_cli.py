@@ -51,7 +51,7 @@ def test_an_unknown_key_in_a_config(tmp_path):
 
 
 def test_a_degree_out_of_range(backbone, digits, tmp_path):
-    assert_one_line_error(finetune(backbone, digits, tmp_path / "x", "--at", "often:0"), "--run 'often:0'")
+    assert_one_line_error(finetune(backbone, digits, tmp_path / "x", "--at", "often:0"), "--at 'often:0'")
     distilled = tmp_path / "c"
     quick = ["--set", "epochs=1", "--set", "images=32", "--set", "held_out=16", "--set", "device=cpu"]
     assert tocom("distil", backbone, "-o", distilled, "--max-degree", 2, *quick).returncode == 0
