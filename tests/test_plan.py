@@ -88,7 +88,9 @@ def test_jobs_are_those_that_snakemake_would_run_in_an_empty_folder(name, tmp_pa
 
 
 def test_a_study_that_segments_is_refused_rather_than_guessed():
-    study = LARGE | {"tasks": [], "segmentation": {"data": "scenes"}}
+    degrees = [degree for degree in LARGE["train_degrees"] if degree != "random"]
+    study = LARGE | {"tasks": [], "segmentation": {"data": "scenes"}, "compressors": ["tome_mlp"]}
+    study |= {"train_degrees": degrees}
     with pytest.raises(TocomError, match="does not cover segmentation"):
         planning.jobs(parse_study(study), read_catalogue())
 

@@ -337,7 +337,7 @@ def settings() -> None:
 
     for title, kind in module.STAGES.items():
         rows = [
-            (name, json.dumps(field.get_default()), kind.meaning(name)) for name, field in kind.model_fields.items()
+            (name, json.dumps(default), kind.meaning(name)) for name, default in kind().model_dump(mode="json").items()
         ]
         typer.echo(f"\n{title}")
         _table(("setting", "default", "meaning"), rows)
