@@ -154,7 +154,7 @@ def test_a_failing_job_leaves_no_output_and_its_reason_is_shown(finished, tmp_pa
     data = bytearray(backbone.read_bytes())
     data[-9] ^= 0xFF
     backbone.write_bytes(data)
-    target = "results/tiny/compensators/tiny_vit/tome.safetensors"
+    target = "results/tiny/compensators/tiny_vit/tome/tocom.safetensors"
     result = snakemake(folder, "--configfile", TINY, "--", target)
     assert result.returncode != 0
     assert "tocom: error:" in result.stdout + result.stderr
