@@ -1,10 +1,8 @@
 """Files that are whole or absent, and what is refused on the way in."""
 
-import contextlib
 import errno
 import os
 import pickle
-import resource
 import stat
 
 import numpy as np
@@ -12,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.data.disk import file_limit
 from tocom.errors import TocomError
 from tocom.files import atomic, digest, load_arrays, load_tensors, save_arrays, save_tensors, sha256, write_text
 
@@ -26,17 +25,6 @@ WRITERS = {
 def write(request):
     """Every function that writes a file of some kilobytes."""
     return request.param
-
-
-@contextlib.contextmanager
-def file_limit(size):
-    """Let the operating system refuse to write more than ``size`` bytes to a file, as a full disk would."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # --- atomic ---------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import yaml
 
 from tests.conftest import randomise
 from tocom.bundled import BUNDLED
+from tocom.compensator import PROJECTIONS, Folding
 from tocom.config import read_study
 from tocom.errors import TocomError
 from tocom.files import load_tensors, save_arrays, save_tensors, sha256
@@ -110,6 +111,17 @@ def test_the_same_model_gives_the_same_bytes(saved, tmp_path):
 def test_metadata_cannot_overwrite_what_the_model_is_built_from(tmp_path):
     save_model(tmp_path / "m", create(NAMES[0], SMALL), NAMES[0], SMALL, kind="poem", sha256="0")
     assert load_model(tmp_path / "m")[1]["kind"] == "model"
+
+
+def test_a_model_is_not_saved_while_a_compensator_is_folded_in(saved, tmp_path):
+    model, architecture, _ = saved
+    dim = model.embed_dim
+    folding = Folding.apply(model, torch.ones(len(model.blocks), len(PROJECTIONS), dim, dim), 0.1)
+    with pytest.raises(TocomError, match="detach it before saving"):
+        save_model(tmp_path / "folded", model, architecture, SMALL)
+    assert list(tmp_path.glob("folded*")) == []
+    folding.undo()
+    save_model(tmp_path / "folded", model, architecture, SMALL)
 
 
 @pytest.mark.parametrize("num_classes", [5, 11])

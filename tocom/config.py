@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from tocom.data.catalogue import read_catalogue
+from tocom.data.families import FAMILIES, why_no_task
 from tocom.data.images import Resize
 from tocom.data.own import OPTIONS, OwnOptions
 from tocom.data.registry import TASKS, groups_of
@@ -97,8 +98,13 @@ class TaskEntry(OwnOptions):
 
     @model_validator(mode="after")
     def _known_or_own(self):
+        if "root" in self.data:
+            raise ValueError(f"task {self.name!r}: data.root is one for all tasks; set it in the study's data section")
         if self.kind is None and self.name not in TASKS:
-            known = [*TASKS, *read_catalogue()]
+            catalogue = read_catalogue()
+            known = [*TASKS, *(name for name, entry in catalogue.items() if entry.family in FAMILIES)]
+            if self.name in catalogue and self.name not in known:
+                raise ValueError(f"{self.name} cannot be a task: it {why_no_task(catalogue[self.name].family)}")
             if self.name not in known:
                 raise ValueError(
                     f"unknown task {self.name!r}{suggest(self.name, known)}; see `tocom tasks` and `tocom data list`,"
@@ -446,14 +452,22 @@ class Study(Settings):
         return self.model_dump_json(exclude_defaults=True)
 
     def launcher(self, stage: str) -> str:
-        """Return the command that starts a stage: tocom itself, or torchrun with several processes of it."""
+        """Return the command that starts a stage: tocom itself, or torchrun with several processes of it.
+
+        On one node they first get GPUs that no other job has; a single process sees to that itself.
+        """
         wanted: StageResources = getattr(self.resources, stage)
         each = f"--nproc-per-node {wanted.processes} -m tocom.cli"
         if wanted.nodes > 1:
             first = '"$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):29500"'
             meet = f'--rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint {first}'
             return f"srun --ntasks-per-node=1 torchrun --nnodes {wanted.nodes} {meet} {each}"
-        return f"torchrun --standalone {each}" if wanted.processes > 1 else "tocom"
+        if wanted.processes == 1:
+            return "tocom"
+        train = self.segmentation.train if self.segmentation and stage == "finetune" else getattr(self, stage)
+        gpus = self.gpus(stage, train.device)
+        claim = f"python -m tocom.gpus --count {gpus} -- " if gpus else ""
+        return f"{claim}torchrun --standalone {each}"
 
     def gpus(self, stage: str, device: str) -> int:
         """Return the GPUs on each node that a job of a stage asks for."""

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from tocom.adapters import describe_adapters
 from tocom.bundled import resolve
+from tocom.compensator import is_folded
 from tocom.errors import TocomError, suggest
 from tocom.files import digest, load_tensors, save_tensors
 from tocom.files import sha256 as sha256_of
+from tocom.gpus import claim
 from tocom.settings import TuningSettings
 from tocom.tuning import restore_adapters
 
@@ -104,7 +106,12 @@ def save_model(path: str | os.PathLike, model: nn.Module, architecture: str, kwa
 
     Args:
         metadata: what else is stored with it.
+
+    Raises:
+        TocomError: a compensator is folded into the weights, which would be saved with it.
     """
+    if is_folded(model):
+        raise TocomError("a compensator is folded into this model; detach it before saving, and save it on its own")
     tensors = model.state_dict()
     described = {
         "format": 1,
@@ -437,6 +444,9 @@ def _npz_classes(path: Path) -> int:
 def pick_device(device: str = "auto") -> torch.device:
     """Return the device that "auto", "cpu", "cuda" or "cuda:1" stands for.
 
+    "cuda" is a GPU that no other job of this user on this machine has: where several are to be seen, it waits for a
+    free one and hides the others from this process (:func:`tocom.gpus.claim`). "auto" and "cuda:1" claim nothing.
+
     Raises:
         TocomError: there is no such device, or a GPU is asked for and there is none.
     """
@@ -446,6 +456,8 @@ def pick_device(device: str = "auto") -> torch.device:
         chosen = torch.device(device)
     except RuntimeError:
         raise TocomError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from None
+    if device == "cuda" and not torch.cuda.is_initialized():
+        claim()  # before the next line, which starts CUDA
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise TocomError(f"device {device!r} was asked for, but torch sees no GPU; use --device cpu")
     return chosen

@@ -17,6 +17,8 @@ from tocom.errors import TocomError, suggest
 RANDOM = "random"
 #: The variant of ToCom that a study has unless it names its own.
 TOCOM = "tocom"
+#: The compensator of a cell without one.
+PLAIN = "none"
 #: How a row of the transfer says that no gap was added.
 NO_GAP = "none"
 Positive = Annotated[int, Field(ge=1)]
@@ -194,6 +196,18 @@ class ThroughputSettings(Settings):
     training: bool = Field(False, description="also time training steps")
     threads: Positive = Field(1, description="torch CPU threads")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+
+
+class BenchmarkSettings(Settings):
+    """How `tocom benchmark` measures the stages of a study; the recipes of training are the stages' defaults."""
+
+    batch_size: Positive = Field(128, description="images a step or forward pass")
+    image_size: Positive | None = Field(None, description="side in pixels; null: the backbone's own")
+    repeats: Positive = Field(40, description="timed rounds; every degree takes a turn in each")
+    warmup: Positive = Field(5, description="steps of each degree before the first round")
+    precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="autocast; the weights stay fp32")
+    threads: Positive = Field(1, description="torch CPU threads")
+    device: str = Field("cuda", description="auto, cpu, cuda or cuda:N")
 
 
 def explain(error: ValidationError, where: str, known: dict[str, type[BaseModel]] | None = None) -> TocomError:

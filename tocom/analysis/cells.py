@@ -11,10 +11,8 @@ import pandas as pd
 
 from tocom.errors import TocomError, suggest
 from tocom.files import load_arrays, write_text
-from tocom.settings import TOCOM
+from tocom.settings import PLAIN, TOCOM
 
-#: The compensator of a cell without one.
-PLAIN = "none"
 #: Columns of cells.csv. compensator: "none", or the name of the variant that was offered; scale: the factor chosen
 #: for it (0: declined); gflops: of one image.
 COLUMNS = (

@@ -9,9 +9,8 @@ from typing import Any
 
 import pandas as pd
 
-from tocom.analysis.cells import PLAIN
 from tocom.errors import TocomError
-from tocom.settings import RANDOM, TOCOM
+from tocom.settings import PLAIN, RANDOM, TOCOM
 
 
 @dataclass(frozen=True)

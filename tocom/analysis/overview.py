@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 from scipy import stats
 
-from tocom.analysis.cells import PLAIN, TEXT
+from tocom.analysis.cells import TEXT
 from tocom.analysis.grid import Grid
 from tocom.analysis.paper import NOT_AT_HAND, degrees_text, where
 from tocom.analysis.published import largest_gain, read_published
@@ -18,7 +18,7 @@ from tocom.analysis.report import write_pages
 from tocom.analysis.run import Run, largest, transfer_change
 from tocom.analysis.tables import NOT_RUN, Table, Text, gain_text, signed
 from tocom.errors import TocomError, suggest
-from tocom.settings import NO_GAP
+from tocom.settings import NO_GAP, PLAIN
 
 #: What each kind of study asks.
 ASKS = {

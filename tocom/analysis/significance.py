@@ -19,9 +19,9 @@ import numpy as np
 import pandas as pd
 
 from tocom.analysis import stats
-from tocom.analysis.cells import PLAIN, Condition
+from tocom.analysis.cells import Condition
 from tocom.errors import TocomError
-from tocom.settings import RANDOM
+from tocom.settings import PLAIN, RANDOM
 
 TOCOM_VS_PLAIN, RANDOM_VS_TOCOM = "tocom_vs_plain", "random_vs_tocom"
 #: The group of all tasks, and that of the 19 tasks whose three parts are groups of their own.

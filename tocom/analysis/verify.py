@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from tocom.analysis.cells import KEYS, PLAIN, with_compensator
+from tocom.analysis.cells import KEYS, with_compensator
 from tocom.errors import TocomError
+from tocom.settings import PLAIN
 
 _KEYS = list(KEYS)
 

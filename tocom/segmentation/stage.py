@@ -31,8 +31,7 @@ from tocom.segmentation.model import load as load_segmenter
 from tocom.segmentation.model import save as save_segmenter
 from tocom.segmentation.scenes import IGNORED
 from tocom.segmentation.settings import SegmentationTraining
-from tocom.settings import TOCOM, EvaluateSettings
-from tocom.stages.evaluate import PLAIN
+from tocom.settings import PLAIN, TOCOM, EvaluateSettings
 from tocom.training import autocast, bar, compiled, fit, forget, make_deterministic, normalise, resume_path
 from tocom.vit import gflops
 

@@ -10,13 +10,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from tocom.analysis.cells import PLAIN
 from tocom.analysis.published import read_published
 from tocom.analysis.tables import METHOD, NOT_RUN, Table, Text, signed
 from tocom.errors import TocomError
 from tocom.files import load_arrays, write_text
 from tocom.segmentation.metrics import Counts, Interval, difference, estimate, pixel_accuracy
-from tocom.settings import TOCOM
+from tocom.settings import PLAIN, TOCOM
 
 #: Columns of segmentation.csv. miou and its 95 % interval over images, and pixel_accuracy, are in percent; gflops: of
 #: one image through the backbone.

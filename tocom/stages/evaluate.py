@@ -13,13 +13,10 @@ from tocom.compensator import Compensator
 from tocom.errors import TocomError
 from tocom.files import save_arrays
 from tocom.models import load_model, pick_device
-from tocom.settings import RANDOM, EvaluateSettings
+from tocom.settings import PLAIN, RANDOM, EvaluateSettings
 from tocom.stages.common import Split, TaskData, compressed, load_task, predict, scored
 from tocom.training import bar, make_deterministic
 from tocom.vit import CompressedViT, gflops
-
-#: How a cell says that no compensator was used.
-PLAIN = "none"
 
 
 @dataclass(frozen=True)

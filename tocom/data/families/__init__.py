@@ -22,6 +22,11 @@ _ELSEWHERE = {
 }
 
 
+def why_no_task(family: str) -> str:
+    """Say why a data set of a family that is none of :data:`FAMILIES` gives no labelled images."""
+    return _ELSEWHERE.get(family, f"is of an unknown family, {family!r}")
+
+
 def load_listing(name: str, root: str | os.PathLike, catalogue=None) -> Listing:
     """Return the images of a downloaded data set; number of classes, group and title are the catalogue's.
 
@@ -37,7 +42,7 @@ def load_listing(name: str, root: str | os.PathLike, catalogue=None) -> Listing:
 
     data_set = find(name, catalogue)
     if data_set.family not in FAMILIES:
-        raise TocomError(f"{name} {_ELSEWHERE.get(data_set.family, f'is of an unknown family, {data_set.family!r}')}")
+        raise TocomError(f"{name} {why_no_task(data_set.family)}")
     folder = folder_of(name, root, catalogue)
     listing = import_module(f"{__name__}.{data_set.family}").listing(folder, name)
     return replace(listing, classes=data_set.classes, group=data_set.group, source=data_set.title)
