@@ -14,7 +14,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from tocom.data.catalogue import read_catalogue
 from tocom.data.families import FAMILIES, why_no_task
@@ -75,6 +75,10 @@ class Backbone(Settings):
             raise ValueError(
                 f"backbone {self.name!r} needs one of checkpoint, timm and architecture; it has {given or 'none'}"
             )
+        catalogue = read_catalogue()
+        if self.distil_images in catalogue and catalogue[self.distil_images].family not in FAMILIES:
+            why = why_no_task(catalogue[self.distil_images].family)
+            raise ValueError(f"backbone {self.name!r}: cannot distil on {self.distil_images}: it {why}")
         for option in ("revision", "weights", "sha256", "num_classes", "proportional_attention"):
             if getattr(self, option) is not None and self.timm is None:
                 raise ValueError(f"backbone {self.name!r}: {option} goes with timm, not with {given[0]}")
@@ -98,6 +102,8 @@ class TaskEntry(OwnOptions):
 
     @model_validator(mode="after")
     def _known_or_own(self):
+        if self.kind is None and "group" in self.model_fields_set:
+            raise ValueError(f"task {self.name!r}: group is for your own images; this task has its group")
         if "root" in self.data:
             raise ValueError(f"task {self.name!r}: data.root is one for all tasks; set it in the study's data section")
         if self.kind is None and self.name not in TASKS:
@@ -121,6 +127,15 @@ class TaskEntry(OwnOptions):
         """Return the options of an own source that differ from their defaults."""
         own = self.model_dump(mode="json", include=set(OwnOptions.model_fields), exclude_defaults=True)
         return own if self.kind else {}
+
+
+#: A task in a config: an entry, or its name alone.
+NamedTask = Annotated[
+    TaskEntry,
+    BeforeValidator(
+        lambda value: {"name": value} if isinstance(value, str) else value, json_schema_input_type=str | TaskEntry
+    ),
+]
 
 
 class DataSettings(Settings):
@@ -206,7 +221,7 @@ class Study(Settings):
         description="variants of ToCom: name -> changes of the distil section, or scales of its own; the first is that"
         " of the main tables, the others are compared with it",
     )
-    tasks: tuple[str | TaskEntry, ...] = Field((), description="names, or entries with a source of your own")
+    tasks: tuple[NamedTask, ...] = Field((), description="names, or entries with a source of your own")
     segmentation: SegmentationSettings | None = Field(None, description="segment images instead of classifying tasks")
     seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
     train_degrees: tuple[Degree | Literal[RANDOM], ...] = Field(min_length=1)
@@ -225,11 +240,6 @@ class Study(Settings):
     resources: Resources = Resources()
     analysis: AnalysisSettings = AnalysisSettings()
     verify: VerifySettings = VerifySettings()
-
-    @field_validator("tasks")
-    @classmethod
-    def _names_are_tasks(cls, value):
-        return tuple(TaskEntry(name=item) if isinstance(item, str) else item for item in value)
 
     @field_validator("compressors")
     @classmethod
@@ -283,7 +293,9 @@ class Study(Settings):
 
     def _overrides_are_valid(self) -> None:
         for task in self.tasks:
-            self.data_for(task.name)
+            val = self.data_for(task.name).val
+            if task.name in TASKS and task.kind is None and val is not None and val < 1:
+                raise ValueError(f"task {task.name!r} is drawn anew, so data.val must be a number of images, not {val}")
             mode = self.finetune_for(task.name).tuning.mode
             if task.fine_tuned is not None and mode != "none":
                 raise ValueError(f"task {task.name!r}: fine_tuned goes with finetune: {{tuning: {{mode: none}}}}")
@@ -400,7 +412,7 @@ class Study(Settings):
         """Return the options with which `tocom prepare` makes a task."""
         entry, data = self.task(task), self.data_for(task)
         sizes = {"train": data.train, "val": data.val, "test": data.test}
-        words = [f"--{name} {value:g}" for name, value in sizes.items() if value is not None]
+        words = [f"--{name} {value}" for name, value in sizes.items() if value is not None]
         words += [f"--image-size {self.backbones[0].image_size}", f"--resize {data.resize}"]
         words += [f"--data-root {shlex.quote(data.root)}"]
         if self.finetune_for(task).augmentation == "timm":

@@ -344,6 +344,6 @@ def throughput_table(throughput: pd.DataFrame, label: str = "throughput") -> Tab
         f"Batches of {first.batch_size} on {first.device}, {first.threads} thread(s), {first.repeats} rounds in which "
         "all models take turns. Speed-up: over the uncompressed model. Ratio: time with ToCom folded in over time "
         "without, median and quartiles over rounds. Memory: peak of one forward pass."
-        + (" Training: forward, backward and optimiser step at that degree." if trained else "")
+        + (" Training: forward and backward pass at that degree, without the optimiser." if trained else "")
     )
     return Table("Throughput", caption, [*header, *[TRAINING[name][0] for name in trained]], rows, label)
