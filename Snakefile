@@ -9,8 +9,8 @@ from snakemake.utils import min_version
 
 min_version("9.0")
 
-# Given by --configfile or not at all: a study must not inherit keys from the default one.
-if "study" not in config:
+# Given by --configfile or not at all: a study must not inherit keys, nor its folder, from the default one.
+if "study" not in config and not workflow.config_settings.configfiles:
 
     configfile: "config/demo.yaml"
 

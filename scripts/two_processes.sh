@@ -1,40 +1,72 @@
 #!/usr/bin/env bash
-# Run the small DAG twice, with one process and with two that train together (torchrun, gloo), and compare the cells.
-# Usage, in the activated environment: bash scripts/two_processes.sh
+# Make the cells of the small study twice, with one process a training and with two that train together (torchrun,
+# gloo), and compare them byte for byte. Everything that it writes is gone afterwards.
+#
+#   bash scripts/two_processes.sh
+#
+# It needs the project's environment: an active one, or .venv.
 set -euo pipefail
-project="$(cd "$(dirname "$0")/.." && pwd)"
-folder="$(mktemp -d)"
+
+project=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cells=results/tiny/cells.csv
+folder=$(mktemp -d "${TMPDIR:-/tmp}/tocom-processes.XXXXXX")
 trap 'rm -rf "$folder"' EXIT
-for processes in 1 2; do
-  mkdir "$folder/$processes"
-  cp -r "$project"/{Snakefile,workflow,profiles,config} "$folder/$processes"
-  # The same micro-batches in both runs: they, not the processes, have the random states.
-  python - "$project/tests/configs/tiny.yaml" "$processes" > "$folder/$processes/study.yaml" <<'PYTHON'
+trap 'exit 130' INT TERM
+
+# Say what went wrong in one line, and leave.
+fail() {
+  echo "two_processes.sh: error: $*" >&2
+  exit 1
+}
+
+# Print the small study with so many processes a training. The micro-batches are the same in both runs: they, not the
+# processes, have the random states.
+study() {
+  python - "$project/tests/configs/tiny.yaml" "$1" <<'PYTHON'
 import sys
 
 import yaml
 
 with open(sys.argv[1]) as stream:
     config = yaml.safe_load(stream)
+config["resources"] = {}
 for stage in ("distil", "finetune"):
-    config[stage]["micro_batch_size"] = 16
-    config.setdefault("resources", {})[stage] = {"mem_mb": 4000, "runtime": 60, "processes": int(sys.argv[2])}
+    config[stage]["micro_batch_size"] = config[stage]["batch_size"] // 2
+    config["resources"][stage] = {"mem_mb": 4000, "runtime": 60, "processes": int(sys.argv[2])}
 yaml.safe_dump(config, sys.stdout)
 PYTHON
-  echo "running with $processes process(es) ..."
-  (cd "$folder/$processes" && snakemake --cores 2 --configfile study.yaml > run.log 2>&1) ||
-    { tail -n 40 "$folder/$processes/run.log"; echo "the run with $processes process(es) failed"; exit 1; }
-done
-python - "$folder" <<'PYTHON'
-import sys
+}
 
-import pandas as pd
+# Make the cells in a folder of their own, and say how far it is and how long it took: run PROCESSES
+run() {
+  local place=$folder/$1 began=$SECONDS
+  echo "trainings of $1 process(es):"
+  mkdir "$place"
+  cp -r "$project"/{Snakefile,workflow,profiles,config} "$place"
+  study "$1" > "$place/study.yaml"
+  (cd "$place" && snakemake --cores 2 --configfile study.yaml -- "$cells") 2>&1 | tee "$place/run.log" |
+    grep --line-buffered -E '^[0-9]+ of [0-9]+ steps' || {
+    tail -n 40 "$place/run.log" >&2
+    fail "the run with $1 process(es) failed; its last lines are above"
+  }
+  echo "$((SECONDS - began)) s"
+}
 
-one, two = (pd.read_csv(f"{sys.argv[1]}/{n}/results/tiny/cells.csv", keep_default_na=False) for n in (1, 2))
-images = (one.correct - two.correct).abs()
-print(f"{len(one)} cells; {int((images > 0).sum())} differ, by {int(images.max())} test images at most")
-# Sums in another order may turn a prediction that hangs in the balance; nothing else may differ.
-if list(one.columns) != list(two.columns) or len(one) != len(two) or images.max() > 1:
-    sys.exit("the cells of one and of two processes differ")
-print("the cells of one and of two processes are the same")
-PYTHON
+# Print how many jobs of a run were started by torchrun: together PROCESSES
+together() {
+  grep -c "^Shell command: torchrun .*--nproc-per-node $1 " "$folder/$1/run.log" || true
+}
+
+[[ ! -d $project/.venv/bin ]] || type -P tocom > /dev/null || export PATH="$project/.venv/bin:$PATH"
+type -P snakemake tocom torchrun > /dev/null ||
+  fail "snakemake, tocom or torchrun is not on PATH; run 'make test' once, or activate its environment"
+
+run 1
+run 2
+trainings=$(together 2)
+((trainings > 0)) || fail "no training of the second run was started by torchrun"
+cmp "$folder/1/$cells" "$folder/2/$cells" || {
+  diff "$folder/1/$cells" "$folder/2/$cells" >&2 || true
+  fail "the cells of one and of two processes differ, as shown above"
+}
+echo "$trainings trainings had two processes; the cells are identical ($(($(wc -l < "$folder/2/$cells") - 1)) of them)"

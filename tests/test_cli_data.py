@@ -144,6 +144,16 @@ def test_tasks_of_vtab_are_built_from_what_was_fetched(server, run, tmp_path, mo
     assert [(task, root, seed) for task, root, _, seed, _ in built] == [
         (task, tmp_path, 0) for task in vtab_build.TASKS
     ]
+    built.clear()
+    for task, seed in (("svhn", 0), ("dtd", 1)):  # another seed gives another task, which `build` refuses to replace
+        (tmp_path / "vtab" / task).mkdir(parents=True)
+        (tmp_path / "vtab" / task / vtab_build.NOTE).write_text(vtab_build._note(task, seed))
+    result = run("build-vtab", "all", "-o", tmp_path / "vtab", "--root", tmp_path)
+    assert [words[0] for words in built] == [task for task in vtab_build.TASKS if task != "svhn"]
+    assert f"svhn: {tmp_path / 'vtab' / 'svhn'}, built before" in result.stderr
+    built.clear()
+    run("build-vtab", "svhn", "-o", tmp_path / "vtab", "--root", tmp_path)
+    assert [words[0] for words in built] == ["svhn"]  # named: it says that it exists
     monkeypatch.undo()
     monkeypatch.setenv("TOCOM_CATALOGUE", str(tmp_path / "c.yaml"))
     with pytest.raises(TocomError, match="unknown VTAB-1k task 'dtt'"):

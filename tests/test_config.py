@@ -8,13 +8,15 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tocom.analysis.significance import ALL, VTAB
 from tocom.compress import COMPRESSORS
-from tocom.config import COMPRESSOR_NAMES, parse_study, read_study, schema
+from tocom.config import COMPRESSOR_NAMES, RESERVED_GROUPS, parse_study, read_study, schema
 from tocom.errors import TocomError
 from tocom.settings import STAGES, FinetuneSettings, parse
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted([*ROOT.glob("config/*.yaml"), *ROOT.glob("tests/configs/*.yaml")])
+SCENES = yaml.safe_load((ROOT / "tests/configs/scenes.yaml").read_text())
 DEMO = yaml.safe_load((ROOT / "config/demo.yaml").read_text())
 
 
@@ -50,6 +52,7 @@ def test_every_setting_of_every_stage_says_what_it_means():
 
 def test_names_of_compressors_match_the_registry():
     assert set(COMPRESSOR_NAMES) == set(COMPRESSORS)
+    assert set(RESERVED_GROUPS) == {ALL, VTAB}
 
 
 @pytest.mark.parametrize(
@@ -71,6 +74,21 @@ def test_names_of_compressors_match_the_registry():
         ({key: value for key, value in DEMO.items() if key != "seeds"} | {"study": 3}, "study = 3"),
         (changed(tasks=[{"name": "digits", "finetune": {"epoch": 1}}]), "task 'digits': finetune: unknown key 'epoch'"),
         (changed(tasks=[{"name": "digits", "data": {"trian": 1}}]), "task 'digits': data: unknown key 'trian'"),
+        (changed(compensators={"none": {}}), "no compensator can be called 'none'"),
+        (changed(store="a b;rm"), "use letters, digits"),
+        (changed(transfer=True, train_degrees=[0]), "transfer needs two tasks"),
+        (changed(paper="transfer", transfer=False), "needs transfer: true"),
+        (changed(paper="speedup"), "needs throughput: {training: true}"),
+        (changed(finetune={"warmup_epochs": 60, "epochs": 50}), "warmup_epochs 60 exceeds epochs 50"),
+        (changed(finetune={"lr": 5e-5, "batch_size": 64, "lr_batch": 512}), "would rise from 6.25e-06 to min_lr 1e-05"),
+        (changed(finetune={"lr": float("inf")}), "finetune.lr"),
+        (changed(distil={"projections": ["q", "q"]}), "lists something twice"),
+        (changed(backbones=[{"name": "a", "timm": "vit_tiny_patch16_224"}]), "timm needs image_size and patch_size"),
+        (changed(resources={"evaluate": {"mem_mb": 1, "runtime": 1, "processes": 2}}), "evaluate runs in one process"),
+        (changed(resources={"distil": {"mem_mb": 1, "runtime": 1, "processes": 2, "gpu": 1}}), "as many GPUs, not 1"),
+        (changed(tasks=[{"name": "x", "folder": "y", "group": "all tasks"}]), "tables make the group 'all tasks'"),
+        (SCENES | {"compensators": {"a": {}, "b": {"rank": 1}}}, "a segmentation study has one compensator"),
+        (SCENES | {"finetune": {"epochs": 1}}, "a segmentation study has no finetune"),
         (changed(tasks=[{"name": "pets", "foldr": "x"}]), "unknown key 'tasks.0.foldr' (did you mean 'folder'?)"),
         (changed(tasks=[{"name": "digits", "group": "mine"}]), "group is for your own images"),
         (changed(tasks=["digits"], data={"val": 0.2}), "data.val must be a number of images"),
@@ -167,7 +185,7 @@ def test_variants_that_differ_in_scales_alone_share_a_compensator():
     [
         ({}, "tocom", 1),
         ({"processes": 4}, "torchrun --standalone --nproc-per-node 4 -m tocom.cli", 4),
-        ({"processes": 4, "nodes": 2}, "srun --ntasks-per-node=1 torchrun --nnodes 2", 4),
+        ({"processes": 4, "nodes": 2}, "export -n $(compgen -e SLURM_ ", 4),
         ({"gpu": 0}, "tocom", 0),
     ],
 )

@@ -3,7 +3,6 @@
 import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -14,19 +13,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.small import ARCHITECTURE, KWARGS, build
-from tests.workflow.test_workflow import snakemake, workplace
+from tests.workflow.test_studies import planned as dry_run
+from tests.workflow.test_workflow import workplace
 from tocom import plan as planning
+from tocom import plan_inputs
 from tocom.config import DataSettings, parse_study, read_study
 from tocom.data import registry
 from tocom.data.catalogue import read_catalogue
 from tocom.data.families import FAMILIES
 from tocom.data.listing import Items, Listing
 from tocom.errors import TocomError
-from tocom.plan import Amount, Model, Sizes
-from tocom.rates import Rate, Rates
+from tocom.plan import Amount, Model, Runs, Sizes
+from tocom.plan_inputs import UNKNOWN
+from tocom.rates import Head, Rate, Rates
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "tests" / "configs" / "tiny.yaml"
+SCENES = ROOT / "tests" / "configs" / "scenes.yaml"
 #: Everything that changes the number of jobs: downloads that are shared, timm's models, variants of which two share a
 #: distillation, several compressors, batches that do not come out even.
 LARGE = {
@@ -47,15 +50,29 @@ LARGE = {
     "finetune": {"augmentation": "timm", "precision": "bf16"},
     "distil": {"images": None},
 }
+#: What the jobs of a segmentation study depend on, and variants of ToCom of which it uses the first alone.
+SEVERAL_SCENES = yaml.safe_load(SCENES.read_text()) | {
+    "study": "several_scenes",
+    "backbones": [yaml.safe_load(SCENES.read_text())["backbones"][0] | {"name": name} for name in ("a", "b")],
+    "compensators": {"tocom": {}, "rank1": {"rank": 1}},
+    "train_degrees": [0, 16],
+    "infer_degrees": [0, 8, 16],
+    "checkpoints_per_job": 3,
+}
 FLAT = {"train": 50.0, "infer": 200.0}
 
 
 def rates_for(study, models, speeds=None):
     """The same rate for every model and degree."""
     speeds = speeds or FLAT
+    conditions = [(study.backbones[0].image_size, None)]
+    if study.segmentation:
+        head = Head(study.segmentation.train.head, study.segmentation.n_classes)
+        conditions.append((study.segmentation.image_size, head))
     return Rates(
-        Rate(models[b.name].label, b.image_size, c, p, "a device", degree, mode, speeds[mode])
+        Rate(models[b.name].label(head), size, c, p, "a device", degree, mode, speeds[mode])
         for b in study.backbones
+        for size, head in conditions
         for c in study.compressors
         for p in ("fp32", "bf16")
         for degree in (0, study.max_degree)
@@ -63,8 +80,8 @@ def rates_for(study, models, speeds=None):
     )
 
 
-def planned(study, sizes, distil_images=None, parameters=1000):
-    models = {b.name: Model(b.name, {}, parameters) for b in study.backbones}
+def planned(study, sizes, distil_images=None, parameters=1000, segmenter=0):
+    models = {b.name: Model(b.name, {}, parameters, segmenter_parameters=segmenter) for b in study.backbones}
     images = distil_images or {b.name: None for b in study.backbones}
     return planning.plan(study, rates_for(study, models), models, sizes, images)
 
@@ -72,27 +89,15 @@ def planned(study, sizes, distil_images=None, parameters=1000):
 # --- jobs -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["demo", "tiny", "large"])
+@pytest.mark.parametrize("name", ["demo", "pretrain", "large", "several_scenes"])
 def test_jobs_are_those_that_snakemake_would_run_in_an_empty_folder(name, tmp_path):
     folder = workplace(tmp_path)
-    path = {"demo": ROOT / "config" / "demo.yaml", "tiny": TINY}.get(name, tmp_path / "large.yaml")
-    if name == "large":
-        path.write_text(yaml.safe_dump(LARGE))
-    result = snakemake(folder, "--configfile", path, "--dry-run", "--quiet", "rules")
-    assert result.returncode == 0, result.stdout + result.stderr
-    counts = Counter()
-    table = (result.stdout + result.stderr).split("Job stats:")[1].split("total")[0]
-    for rule, count in re.findall(r"^(\w+) +(\d+)$", table, re.M):
-        counts[re.sub(r"_\d+$", "", rule)] += int(count)
+    path = folder / "config" / f"{name}.yaml"
+    if not path.exists():
+        path.write_text(yaml.safe_dump({"large": LARGE, "several_scenes": SEVERAL_SCENES}[name]))
+    counts = dry_run(folder, name)
+    assert counts.pop("total") == sum(counts.values())
     assert planning.jobs(read_study(path), read_catalogue()) == counts
-
-
-def test_a_study_that_segments_is_refused_rather_than_guessed():
-    degrees = [degree for degree in LARGE["train_degrees"] if degree != "random"]
-    study = LARGE | {"tasks": [], "segmentation": {"data": "scenes"}, "compressors": ["tome_mlp"]}
-    study |= {"train_degrees": degrees}
-    with pytest.raises(TocomError, match="does not cover segmentation"):
-        planning.jobs(parse_study(study), read_catalogue())
 
 
 # --- passes ---------------------------------------------------------------------------------------------------------
@@ -116,6 +121,18 @@ def test_passes_of_the_tiny_study_are_those_counted_by_hand():
         "throughput": 3 * 2 * 4 * 8,
     }
     assert all(amount.whole for amount in result.passes.values())
+
+
+def test_partial_batches_are_left_out_where_images_are_mixed_and_a_tenth_at_most_is_held_out():
+    recipe = {"batch_size": 64, "epochs": 3}
+    config = yaml.safe_load(TINY.read_text()) | {"tasks": ["digits"], "seeds": [0], "train_degrees": [0]}
+    config |= {"finetune": recipe | {"mixup": 0.8}, "distil": recipe | {"images": None, "held_out": 1000}}
+    passes = planned(parse_study(config), {"digits": Sizes(150, 10, 1)}, {"tiny_vit": 505}).passes
+    assert passes["finetune"].known == 3 * (128 + 10)
+    assert passes["distil"].known == 2 * 3 * (505 - 50) + 2 * 4 * 50
+    config["distil"] |= {"held_out": 20, "cutmix": 1}
+    passes = planned(parse_study(config), {"digits": Sizes(150, 10, 1)}, {"tiny_vit": 505}).passes
+    assert passes["distil"].known == 2 * 3 * 448 + 2 * 4 * 20
 
 
 class Sums(dict):
@@ -166,6 +183,72 @@ def test_a_model_that_is_used_as_it_is_is_not_trained():
     passes = planned(study, {"digits": Sizes(64, 32, 60)}).passes
     assert passes["finetune"].known == 32
     assert "transfer" not in passes
+
+
+def test_passes_and_disk_space_of_segmentation_are_those_counted_by_hand():
+    study = parse_study(SEVERAL_SCENES)
+    result = planned(study, {"scenes": plan_inputs.segmentation_sizes(study, {})}, {"a": None, "b": None}, 1000, 900)
+    runs = 2 * 2 * 2  # backbones, seeds, train degrees
+    assert {stage: amount.known for stage, amount in result.passes.items()} == {
+        "pretrain": 2 * (2 * 128 + 32 * (2 + 17)),
+        "distil": 2 * (2 * (2 * 64) + 2 * (3 * 32)),
+        "segment train": runs * 2 * (48 + 16),
+        # Plain at three degrees; compensated at the two others, after two scales were tried.
+        "segment evaluate": runs * (3 * 24 + 2 * (24 + 2 * 16)),
+        "throughput": 2 * 3 * 3 * 4 * 8,
+    }
+    assert {kind: amount.known for kind, amount in result.disk.items() if amount.known} == {
+        "prepared tasks": (48 + 16 + 24) * 4 * 32 * 32,
+        "backbones": 2 * 4 * 1000,
+        "checkpoints": runs * 4 * 900,
+        "predictions": runs * 6 * 24 * 7 * 3 * 4,
+    }
+    assert result.hours["segment train"].known == pytest.approx(runs * 2 * (48 / 50 + 16 / 200) / 3600)
+
+
+def test_passes_and_files_of_segmentation_are_those_of_a_real_run(tmp_path, monkeypatch):
+    from tocom.compensator import Compensator
+    from tocom.files import load_arrays
+    from tocom.models import load_model, save_model
+    from tocom.segmentation.data import prepare
+    from tocom.segmentation.model import Segmenter
+    from tocom.segmentation.stage import evaluate, train
+
+    patches = {"patch_size": 4}
+    config = yaml.safe_load(SCENES.read_text()) | {"seeds": [0], "train_degrees": [8]}
+    config["backbones"] = [{"name": "tiny_vit", "checkpoint": str(tmp_path / "backbone")}]
+    config["evaluate"] = {"device": "cpu", "scales": [0.5], "may_decline": False, "batch_size": 10}
+    config["segmentation"] |= {"image_size": 48}
+    save_model(tmp_path / "backbone", build(**patches), ARCHITECTURE, KWARGS | patches)
+    study = parse_study(config)
+    wanted = study.segmentation
+    Compensator.for_model(load_model(tmp_path / "backbone")[0], 16, compressor="tome_mlp").save(tmp_path / "tocom")
+    prepare("scenes", tmp_path / "data", 48, wanted.sizes)
+    seen, real = Sums(), Segmenter.forward
+
+    def counting(self, images):
+        seen.add((stage, "train" if torch.is_grad_enabled() else "infer", images.shape[-1]), len(images))
+        return real(self, images)
+
+    monkeypatch.setattr(Segmenter, "forward", counting)
+    stage = "segment train"
+    train(tmp_path / "backbone", tmp_path / "data", tmp_path / "segmenter", 8, 0, "tome_mlp", wanted.train)
+    stage = "segment evaluate"
+    files = [[tmp_path / "segmenter"], tmp_path / "data", tmp_path / "tocom", [tmp_path / "counts"]]
+    evaluate(*files, list(study.infer_degrees), study.evaluate)
+    sizes = {"scenes": plan_inputs.segmentation_sizes(study, {})}
+    works = [work for work in planning.works(study, sizes, {"tiny_vit": None}) if work.stage.startswith("segment")]
+    assert {work.runs for work in works} == {Runs("tiny_vit", "tome_mlp", 48, Head("linear", 7))}
+    expected = Sums()
+    for work in works:
+        expected.add((work.stage, work.mode, work.runs.image_size), work.images)
+    assert seen == expected
+
+    model = planning.describe(study.backbones[0], wanted)
+    disk = planned(study, sizes, None, model.parameters, model.segmenter_parameters).disk
+    kinds = {"checkpoints": "segmenter", "predictions": "counts", "prepared tasks": "data"}
+    for kind, name in kinds.items():
+        assert disk[kind].known == sum(array.nbytes for array in load_arrays(tmp_path / name)[0].values()), kind
 
 
 # --- hours ----------------------------------------------------------------------------------------------------------
@@ -239,7 +322,7 @@ def test_what_is_not_known_is_said_and_not_guessed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     study, catalogue = parse_study(LARGE), read_catalogue()
     sizes = {task.name: planning.task_sizes(study, task, catalogue) for task in study.tasks}
-    assert sizes["mine"] == planning.UNKNOWN
+    assert sizes["mine"] == UNKNOWN
     assert sizes["cifar100"] == Sizes(45_000, 5_000, 10_000)
     assert sizes["vtab.dtd"] == Sizes(800, 200, 1880)
     result = planned(study, sizes)
@@ -280,7 +363,7 @@ def test_sizes_are_those_that_preparing_a_task_gives(n_train, n_val, n_test, tra
     except TocomError:  # too few images to choose on
         return
     expected = Sizes(*(len(listing.splits[split]) for split in Sizes._fields))
-    assert planning.split_sizes(n_train, n_val, n_test, data) == expected
+    assert plan_inputs.split_sizes(n_train, n_val, n_test, data) == expected
 
 
 @pytest.mark.parametrize("name", ["digits", "rotation"])
@@ -310,10 +393,34 @@ def test_the_images_of_a_hub_data_set_are_known_once_it_is_prepared(tmp_path, mo
 
     monkeypatch.chdir(tmp_path)
     study = parse_study(yaml.safe_load(TINY.read_text()) | {"tasks": [{"name": "mine", "hub": "a/b"}]})
-    assert planning.task_sizes(study, study.tasks[0], {}) == planning.UNKNOWN
+    assert planning.task_sizes(study, study.tasks[0], {}) == UNKNOWN
     about = {"sizes": {"train": 9, "val": 2, "test": 4}}
     save_arrays("results/tiny/data/mine.safetensors", {"x": np.zeros(1)}, about)
     assert planning.task_sizes(study, study.tasks[0], {}) == Sizes(9, 2, 4)
+
+
+def test_images_to_segment_are_counted_in_a_folder_and_stated_of_ade20k(tmp_path):
+    from PIL import Image
+
+    for source, number in (("training", 5), ("validation", 2)):
+        for part in ("images", "annotations"):
+            (tmp_path / part / source).mkdir(parents=True)
+            for index in range(number):
+                Image.new("L", (8, 8)).save(tmp_path / part / source / f"{index}.png")
+
+    def sizes(**changes):
+        section = {"image_size": 32, "sizes": {"val": 2}} | changes
+        return plan_inputs.segmentation_sizes(parse_study(SEVERAL_SCENES | {"segmentation": section}), read_catalogue())
+
+    assert sizes(data=str(tmp_path), classes=3) == Sizes(3, 2, 2)
+    assert sizes(data="ade20k", folder=str(tmp_path)) == Sizes(3, 2, 2)
+    assert sizes(data=str(tmp_path / "none"), classes=3) == UNKNOWN
+    with pytest.raises(TocomError, match="too few training images to keep 5"):
+        sizes(data=str(tmp_path), classes=3, sizes={"val": 5})
+    # The challenge has 20,210 training and 2,000 validation images.
+    study = read_study(ROOT / "config" / "ade20k.yaml")
+    assert plan_inputs.segmentation_sizes(study, read_catalogue()) == Sizes(19_210, 1_000, 2_000)
+    assert planning.downloads(study, read_catalogue()) == ["ade20k", "imagenet1k"]
 
 
 def test_the_catalogue_states_the_splits_of_every_task(tmp_path):
@@ -321,7 +428,7 @@ def test_the_catalogue_states_the_splits_of_every_task(tmp_path):
     tasks = [name for name, entry in catalogue.items() if entry.family in FAMILIES]
     assert len(tasks) >= 24
     for name in tasks:
-        counts = planning._downloaded_counts(name, str(tmp_path), catalogue)
+        counts = plan_inputs._downloaded_counts(name, str(tmp_path), catalogue)
         assert {"train", "test"} <= counts.keys(), name
 
 
@@ -331,7 +438,7 @@ def test_the_real_models_have_their_published_sizes():
     # DeiT (arXiv 2012.12877), table 1: 22 and 86 million.
     assert [round(model.parameters / 1e6) for model in models] == [22, 87]
     assert all(model.proportional_attention for model in models)
-    assert planning.describe(read_study(ROOT / "config" / "demo.yaml").backbones[0]).label.startswith("vit_tiny")
+    assert planning.describe(read_study(ROOT / "config" / "demo.yaml").backbones[0]).label().startswith("vit_tiny")
 
 
 # --- the command ----------------------------------------------------------------------------------------------------
@@ -342,7 +449,9 @@ def test_the_command_measures_saves_reads_and_prints(tmp_path, capsys):
 
     file = tmp_path / "rates.csv"
     planning.plan_command(TINY, save_rates=file, device="cpu", batch_size=4, seconds=0)
-    first = capsys.readouterr().out
+    first, progress = capsys.readouterr()
+    # Three degrees in each mode; a training pass counts as three.
+    assert re.search(r"measure: 100%.* 12/12 ", progress)
     assert {(rate.degree, rate.mode) for rate in read_rates(file)} == {(d, m) for d in (0, 2, 4) for m in FLAT}
     planning.plan_command(TINY, rates=file)
     second = capsys.readouterr().out
@@ -355,6 +464,28 @@ def test_the_command_measures_saves_reads_and_prints(tmp_path, capsys):
         planning.plan_command(TINY, rates=file, save_rates=file)
     with pytest.raises(TocomError, match="no rate of"):
         planning.plan_command(ROOT / "config" / "demo.yaml", rates=file)
+
+
+def test_a_segmentation_study_is_planned_from_rates_of_its_own_models(tmp_path, capsys):
+    from tocom.rates import read_rates
+
+    file = tmp_path / "rates.csv"
+    planning.plan_command(SCENES, save_rates=file, device="cpu", seconds=0)
+    printed = " ".join(capsys.readouterr().out.split())
+    for word in ("segment train", "segment evaluate", "segment_table", "segmentation head", "counting labelled pixels"):
+        assert word in printed
+    assert {rate.compressor for rate in read_rates(file)} == {"tome_mlp"}
+    heads = {(rate.degree, rate.mode) for rate in read_rates(file) if rate.architecture.endswith("head of 7 classes")}
+    assert heads == {(0, "train"), (0, "infer"), (8, "infer"), (16, "infer")}  # the middle of 0 to 16 is 8
+
+
+def test_a_study_for_a_gpu_says_so_before_it_is_measured_on_a_processor(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(planning, "measure_study", lambda *arguments: asked.append(arguments) or [])
+    with pytest.raises(TocomError, match="no rate of"):
+        planning.plan_command(ROOT / "config" / "ade20k.yaml", device="cpu")
+    assert "for a GPU" in capsys.readouterr().err
+    assert len(asked) == 1
 
 
 def test_planning_imports_no_torch():

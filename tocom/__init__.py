@@ -27,6 +27,7 @@ _HOMES = {
     "evaluate": "tocom.stages.evaluate",
     "transfer": "tocom.stages.transfer",
     "throughput": "tocom.stages.throughput",
+    "benchmark": "tocom.stages.benchmark",
     "read_study": "tocom.config",
 }
 __all__ = ["__version__", *_HOMES]

@@ -13,7 +13,7 @@ from tocom.cli_data import data
 from tocom.cli_segment import app as segment
 from tocom.errors import TocomError
 from tocom.plan import plan_command
-from tocom.settings import RANDOM, TOCOM
+from tocom.settings import RANDOM, TOCOM, BenchmarkSettings
 from tocom.timing import is_main, timed
 
 app = typer.Typer(
@@ -53,6 +53,8 @@ Groups = Annotated[
     Optional[list[str]],
     typer.Option("--group", metavar="TASK=GROUP", help="Group of a task that is in no registry. Repeatable."),
 ]
+#: Defaults of `tocom benchmark`.
+BENCHMARK = BenchmarkSettings()
 
 
 @app.command()
@@ -283,6 +285,50 @@ def throughput(
         write_rows(stage(backbone, compensator, degree, compressor, settings), output, _columns(column))
 
 
+@app.command()
+def benchmark(
+    backbone: Annotated[
+        Optional[list[str]],
+        typer.Option(help="A timm ViT; its weights are random. Repeatable; by default DeiT-S and DeiT-B."),
+    ] = None,
+    degree: Annotated[
+        Optional[list[int]], typer.Option(help="Degree; 0 is always among them. Repeatable; by default 0, 8 and 16.")
+    ] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for benchmark.{csv,md,tex}.")] = Path(
+        "results/gpu"
+    ),
+    precision: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = BENCHMARK.precision,
+    batch_size: Annotated[int, typer.Option(help="Images a step or forward pass.")] = BENCHMARK.batch_size,
+    repeats: Annotated[int, typer.Option(help="Timed rounds; every degree takes a turn in each.")] = BENCHMARK.repeats,
+    warmup: Annotated[int, typer.Option(help="Steps of each degree before the first round.")] = BENCHMARK.warmup,
+    image_size: Annotated[
+        Optional[int], typer.Option(help="Side in pixels; by default the backbone's own.")
+    ] = BENCHMARK.image_size,
+    device: Annotated[
+        str, typer.Option(help="auto, cpu, cuda or cuda:N; without a GPU, the table says not run.")
+    ] = BENCHMARK.device,
+    threads: Annotated[int, typer.Option(help="Torch CPU threads.")] = BENCHMARK.threads,
+) -> None:
+    """Measure fine-tuning, distillation and evaluation, images a second and memory, at some degrees."""
+    from tocom.analysis.tables import NOT_RUN
+    from tocom.stages.benchmark import BACKBONES, DEGREES
+    from tocom.stages.benchmark import benchmark as stage
+
+    settings = _benchmark_settings(
+        precision=precision,
+        batch_size=batch_size,
+        repeats=repeats,
+        warmup=warmup,
+        image_size=image_size,
+        device=device,
+        threads=threads,
+    )
+    status = stage(output, backbone or BACKBONES, degree or DEGREES, settings).status
+    counts = ", ".join(f"{count} {name}" for name, count in status.value_counts().items())
+    why = f"; torch sees no GPU for --device {device}" if (status == NOT_RUN).all() else ""
+    _say(f"{output / 'benchmark.md'}: of {len(status)} lines, {counts}{why}")
+
+
 @app.command("import")
 def import_public(
     checkpoint: Annotated[Path, typer.Argument(help="A .pth or .safetensors in the public code's layout.")],
@@ -334,8 +380,9 @@ def tasks() -> None:
 def settings() -> None:
     """List the settings of each stage, for --set and for configs."""
     from tocom import settings as module
+    from tocom.segmentation.settings import SegmentationTraining
 
-    for title, kind in module.STAGES.items():
+    for title, kind in (module.STAGES | {"segmentation.train": SegmentationTraining}).items():
         rows = [
             (name, json.dumps(default), kind.meaning(name)) for name, default in kind().model_dump(mode="json").items()
         ]
@@ -360,7 +407,8 @@ def check(config: Annotated[Path, typer.Argument(help="A study's YAML file.")]) 
     from tocom.config import read_study
 
     study = read_study(config)
-    n = len(study.backbones) * len(study.compressors) * len(study.tasks) * len(study.checkpoints)
+    tasks = len(study.tasks) or 1  # one that is segmented
+    n = len(study.backbones) * len(study.compressors) * tasks * len(study.checkpoints)
     _say(
         f"{config}: study {study.study!r} is valid: {n} checkpoints, {len(study.infer_degrees)} inference degrees each"
     )
@@ -610,6 +658,17 @@ def _source(text: str):
         return OwnSource.model_validate(_json(text, "--source"))
     except ValidationError as error:
         raise explain(error, "--source", {"": OwnSource}) from None
+
+
+def _benchmark_settings(**values) -> BenchmarkSettings:
+    from pydantic import ValidationError
+
+    from tocom.settings import explain
+
+    try:
+        return BenchmarkSettings.model_validate(values)
+    except ValidationError as error:
+        raise explain(error, "tocom benchmark") from None
 
 
 def _scales(texts: list[str] | None) -> dict[str, list[float]]:

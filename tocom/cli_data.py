@@ -110,7 +110,8 @@ def list_(
 @data.command("build-vtab")
 def build_vtab(
     tasks: Annotated[
-        list[str], typer.Argument(help="Tasks of VTAB-1k, such as dtd or vtab.dtd; or `all` that can be.")
+        list[str],
+        typer.Argument(help="Tasks of VTAB-1k, such as dtd or vtab.dtd; or `all` that can be and are not there."),
     ],
     output: Annotated[
         Path, typer.Option("--output", "-o", help="Folder for all tasks; `fetch vtab-1k --from` registers it.")
@@ -122,10 +123,13 @@ def build_vtab(
     """Build tasks of VTAB-1k from their public sources, fetched before (`fetch source.dtd`)."""
     from tocom.data.catalogue import read_catalogue
     from tocom.data.fetch import default_root
-    from tocom.data.vtab_build import TASKS, build
+    from tocom.data.vtab_build import TASKS, build, is_built
 
     entries = read_catalogue(catalogue)
     for task in TASKS if tasks == ["all"] else tasks:
+        if tasks == ["all"] and is_built(task, output, seed):
+            typer.echo(f"{task}: {output / task}, built before", err=True)
+            continue
         typer.echo(f"{task}: {build(task, root or default_root(), output, seed, catalogue=entries)}", err=True)
 
 

@@ -24,6 +24,7 @@ from tocom.data.registry import TASKS, groups_of
 from tocom.errors import TocomError, suggest
 from tocom.segmentation.settings import SegmentationSettings, SegmentationSizes, SegmentationTraining
 from tocom.settings import (
+    PLAIN,
     RANDOM,
     TOCOM,
     DistilSettings,
@@ -41,6 +42,8 @@ from tocom.settings import (
 COMPRESSOR_NAMES = ("tome", "evit", "evit_fuse", "tome_mlp")
 #: Highest degree of tome_mlp, whose degrees are 32nds of the patches.
 TOME_MLP_MAX = 16
+#: Groups that tables make of others; kept equal to tocom.analysis.significance (which imports pandas) by a test.
+RESERVED_GROUPS = ("all tasks", "VTAB-1k")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
 Degree = Annotated[int, Field(ge=0)]
 #: Tables in the paper's form; see tocom.analysis.paper.
@@ -79,6 +82,10 @@ class Backbone(Settings):
         if self.distil_images in catalogue and catalogue[self.distil_images].family not in FAMILIES:
             why = why_no_task(catalogue[self.distil_images].family)
             raise ValueError(f"backbone {self.name!r}: cannot distil on {self.distil_images}: it {why}")
+        if self.timm is not None and not {"image_size", "patch_size"} <= self.model_fields_set:
+            raise ValueError(
+                f"backbone {self.name!r}: timm needs image_size and patch_size beside it, such as 224 and 16"
+            )
         for option in ("revision", "weights", "sha256", "num_classes", "proportional_attention"):
             if getattr(self, option) is not None and self.timm is None:
                 raise ValueError(f"backbone {self.name!r}: {option} goes with timm, not with {given[0]}")
@@ -102,6 +109,8 @@ class TaskEntry(OwnOptions):
 
     @model_validator(mode="after")
     def _known_or_own(self):
+        if self.group in RESERVED_GROUPS:
+            raise ValueError(f"task {self.name!r}: tables make the group {self.group!r} themselves; give another name")
         if self.kind is None and "group" in self.model_fields_set:
             raise ValueError(f"task {self.name!r}: group is for your own images; this task has its group")
         if "root" in self.data:
@@ -171,6 +180,10 @@ class StageResources(Settings):
     nodes: Positive = Field(1, description="nodes that train one model together (under Slurm)")
 
 
+#: Stages that several processes can share.
+SHARED_STAGES = ("distil", "finetune")
+
+
 class Resources(Settings):
     """What the jobs of each stage ask a cluster for."""
 
@@ -182,6 +195,15 @@ class Resources(Settings):
     evaluate: StageResources = StageResources(mem_mb=2000, runtime=60)
     throughput: StageResources = StageResources(mem_mb=2000, runtime=30)
     analysis: StageResources = StageResources(mem_mb=2000, runtime=30)
+
+    @model_validator(mode="after")
+    def _only_training_is_shared(self):
+        for stage, wanted in self:
+            if stage not in SHARED_STAGES and (wanted.processes, wanted.nodes) != (1, 1):
+                raise ValueError(f"{stage} runs in one process; processes and nodes are for {', '.join(SHARED_STAGES)}")
+            if wanted.gpu and wanted.gpu < wanted.processes:
+                raise ValueError(f"{stage}: {wanted.processes} processes need as many GPUs, not {wanted.gpu}")
+        return self
 
 
 class AnalysisSettings(Settings):
@@ -211,7 +233,9 @@ class Study(Settings):
     study: str = Field(description="name of the study and of its folder under results/")
     paper: PaperTable | None = Field(None, description="table in the paper's form, beside the published figures")
     store: str | None = Field(
-        None, description="folder of backbones and compensators that studies share; null: the study's own"
+        None,
+        description="folder of backbones and compensators that studies share, in which a name has to mean the same to"
+        " all of them; null: the study's own",
     )
     backbones: tuple[Backbone, ...] = Field(min_length=1)
     compressors: tuple[str, ...] = Field(("tome",), min_length=1)
@@ -227,6 +251,11 @@ class Study(Settings):
     train_degrees: tuple[Degree | Literal[RANDOM], ...] = Field(min_length=1)
     infer_degrees: tuple[Degree, ...] = Field(min_length=1)
     max_degree: Positive = Field(description="highest degree that ToCom is distilled for")
+    transfer: bool = Field(
+        False,
+        description="also carry the weight difference between the lowest and the highest train degree over to every"
+        " other task (tasks² evaluations for each seed)",
+    )
     distil_seed: Annotated[int, Field(ge=0)] = 0
     checkpoints_per_job: Positive = Field(
         1, description="checkpoints that one fine-tuning or evaluation job handles; more saves start-up time"
@@ -259,6 +288,11 @@ class Study(Settings):
             names.append(self.segmentation.name)
             if set(self.compressors) != {"tome_mlp"} or RANDOM in self.train_degrees:
                 raise ValueError("a segmentation study has compressors: [tome_mlp], and no random train degree")
+            if len(self.compensators) > 1 or "scales" in next(iter(self.compensators.values())):
+                raise ValueError("a segmentation study has one compensator, and takes its scales from evaluate")
+            for section in ("finetune", "paper", "checkpoints_per_job"):
+                if section in self.model_fields_set:
+                    raise ValueError(f"a segmentation study has no {section}; its training is in segmentation.train")
         for name in names:
             if not NAME.fullmatch(name):
                 raise ValueError(f"{name!r} cannot name a folder: use letters, digits, '_' and '.'")
@@ -266,6 +300,10 @@ class Study(Settings):
             values = [getattr(item, "name", item) for item in getattr(self, what)]
             if len(set(values)) < len(values):
                 raise ValueError(f"{what} lists something twice: {values}")
+        if PLAIN in self.compensators:
+            raise ValueError(f"no compensator can be called {PLAIN!r}, which tables call a cell without one")
+        if self.store is not None and not all(NAME.fullmatch(part) for part in self.store.strip("/").split("/")):
+            raise ValueError(f"store {self.store!r}: use letters, digits, '_' and '.' between slashes")
         highest = max(d for d in (*self.fixed_train_degrees, *self.infer_degrees))
         if highest > self.max_degree:
             raise ValueError(
@@ -278,7 +316,16 @@ class Study(Settings):
             raise ValueError(f"backbones take images of different sizes {sorted(sizes)}; give each size its own study")
         self._degrees_fit()
         self._overrides_are_valid()
+        self._tables_can_be_made()
         return self
+
+    def _tables_can_be_made(self) -> None:
+        if self.transfer and (self.segmentation or len(self.fixed_train_degrees) < 2 or len(self.tasks) < 2):
+            raise ValueError("transfer needs two tasks and two fixed train degrees")
+        if self.paper == "transfer" and not self.transfer:
+            raise ValueError("paper: transfer needs transfer: true")
+        if self.paper == "speedup" and not self.throughput.training:
+            raise ValueError("paper: speedup needs throughput: {training: true}")
 
     def _degrees_fit(self) -> None:
         for backbone in self.backbones:
@@ -340,9 +387,8 @@ class Study(Settings):
 
     @cached_property
     def gap_degrees(self) -> tuple[int, int] | None:
-        """The lowest and the highest train degree, whose gap is carried between tasks; None if there is one."""
-        degrees = [] if self.segmentation else sorted(self.fixed_train_degrees)
-        return (degrees[0], degrees[-1]) if len(degrees) > 1 else None
+        """The lowest and the highest train degree, if their gap is to be carried between tasks."""
+        return (min(self.fixed_train_degrees), max(self.fixed_train_degrees)) if self.transfer else None
 
     # --- what the workflow builds and asks for ----------------------------------------------------------------
 
@@ -471,9 +517,11 @@ class Study(Settings):
         wanted: StageResources = getattr(self.resources, stage)
         each = f"--nproc-per-node {wanted.processes} -m tocom.cli"
         if wanted.nodes > 1:
-            first = '"$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1):29500"'
-            meet = f'--rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint {first}'
-            return f"srun --ntasks-per-node=1 torchrun --nnodes {wanted.nodes} {meet} {each}"
+            # The step that this runs in has one node; what it says of itself must not reach the step of all nodes.
+            hide = "export -n $(compgen -e SLURM_ | grep -vx -e SLURM_JOB_ID -e SLURM_CONF)"
+            step = f"srun --overlap --nodes={wanted.nodes} --ntasks-per-node=1"
+            meet = '--rdzv-backend c10d --rdzv-endpoint "$(hostname):$((29500 + SLURM_JOB_ID % 1000))"'
+            return f'{hide} && {step} torchrun --nnodes {wanted.nodes} --rdzv-id "$SLURM_JOB_ID" {meet} {each}'
         if wanted.processes == 1:
             return "tocom"
         train = self.segmentation.train if self.segmentation and stage == "finetune" else getattr(self, stage)

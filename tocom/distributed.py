@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed
+from torch.distributed.rendezvous import rendezvous
 
 from tocom.errors import TocomError
 from tocom.timing import is_main
@@ -26,6 +28,9 @@ __all__ = [
     "wait_for_all",
     "world_size",
 ]
+
+#: Numbers the groups that this process joins, one for each model that it trains.
+_groups = itertools.count()
 
 
 def world_size() -> int:
@@ -63,7 +68,10 @@ def processes(device: torch.device) -> Iterator[None]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    # torchrun's store outlives a group; by the same names, the next one would find addresses where nobody is any more.
+    store = distributed.PrefixStore(f"tocom-{next(_groups)}", next(rendezvous("env://"))[0])
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
     try:
         yield
     finally:

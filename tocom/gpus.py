@@ -1,18 +1,19 @@
-"""A GPU of its own for every job on a machine that several jobs share, without a scheduler.
+"""A GPU of its own for every job on a machine that several jobs share without a scheduler.
 
 Snakemake limits how many GPU jobs run at a time (``resources: gpu=4``) but does not say which GPU a job gets, and all
-of them would take the first. Here a job locks a free one, and sees no other from then on. The operating system frees
-the lock when the process ends, however it ends.
+of them would take the first. Here a job locks free ones, and sees no others from then on. The operating system frees
+the locks when the process ends, however it ends.
 
-The same for a command of several processes, which gets all its GPUs at once:
+:func:`tocom.models.pick_device` does so for ``device: cuda``. Several processes that train one model get their GPUs
+before torchrun starts, all at once (``Study.launcher``):
 
     python -m tocom.gpus --count 2 -- torchrun --standalone --nproc-per-node 2 -m tocom.cli finetune ...
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
+import fcntl
 import os
 import subprocess
 import sys
@@ -20,6 +21,9 @@ import tempfile
 import time
 from collections.abc import MutableMapping
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from tocom.errors import TocomError
 
@@ -32,7 +36,7 @@ PATIENCE = 0.5
 
 
 def installed() -> list[str]:
-    """Return the UUIDs of the machine's NVIDIA GPUs, by PCI address; none if there is no driver."""
+    """Return the UUIDs of the machine's NVIDIA GPUs, by PCI address; none if nvidia-smi cannot tell."""
     command = ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
@@ -42,12 +46,12 @@ def installed() -> list[str]:
 
 
 def visible(environment: MutableMapping[str, str]) -> list[str]:
-    """Return the GPUs that a process with this environment sees, by UUID where it is known.
+    """Return the UUIDs of the GPUs that a process with this environment sees; none if nvidia-smi cannot tell.
 
     Numbers count by PCI address, as nvidia-smi does, and CUDA with CUDA_DEVICE_ORDER=PCI_BUS_ID.
     """
     found = installed()
-    if VISIBLE not in environment:
+    if not found or VISIBLE not in environment:
         return found
     words = [word.strip() for word in environment[VISIBLE].split(",") if word.strip()]
     return [found[int(word)] if word.isdigit() and int(word) < len(found) else word for word in words]
@@ -60,13 +64,13 @@ def claim(
 ) -> tuple[str, ...]:
     """Lock ``count`` free GPUs for the rest of this process's life, and hide all others from it.
 
-    Call it before CUDA starts. Waits until enough are free. Does nothing where there is nothing to choose: with at most
-    one GPU to be seen, as in a job that a cluster gave its own; in a process of torchrun, which takes the GPU of its
-    local rank; and where this process, or the one that started it, has its GPUs already.
+    Call it before CUDA starts. Waits until enough are free. Does nothing where there is nothing to choose: where
+    nvidia-smi finds no GPU; with one GPU to be seen, as in a job that a cluster gave its own; among several processes
+    of torchrun, which share out what that was given; and where this process, or the one that started it, has its GPUs.
 
     Args:
         count: how many GPUs, all or none.
-        environment: where CUDA_VISIBLE_DEVICES is read and set.
+        environment: where CUDA_VISIBLE_DEVICES is read, and set if some GPUs are to be hidden.
         timeout: seconds to wait; None for as long as it takes.
 
     Returns:
@@ -75,15 +79,17 @@ def claim(
     Raises:
         TocomError: fewer GPUs are visible than are wanted, or they were not free in time.
     """
-    if environment.get(CLAIMED) or int(environment.get("LOCAL_WORLD_SIZE", "1")) > 1:
+    if environment.get(CLAIMED) or int(environment.get("WORLD_SIZE", "1")) > 1:
         return ()
     devices = visible(environment)
-    if len(devices) <= 1 and count <= 1:
+    if not devices or len(devices) == count == 1:
         return ()
     if count > len(devices):
         raise TocomError(f"{count} GPUs wanted, {len(devices)} visible; ask for fewer, or set {VISIBLE}")
     claimed = _wait_for(devices, count, timeout)
-    environment[VISIBLE] = environment[CLAIMED] = ",".join(claimed)
+    environment[CLAIMED] = ",".join(claimed)
+    if count < len(devices):
+        environment[VISIBLE] = environment[CLAIMED]
     return claimed
 
 
@@ -92,8 +98,8 @@ def _wait_for(devices: list[str], count: int, timeout: float | None) -> tuple[st
     started, told = time.monotonic(), False
     while True:
         held = _lock(devices, count, folder)
-        if len(held) == count:
-            return tuple(held)
+        if held:
+            return held
         if timeout is not None and time.monotonic() - started >= timeout:
             raise TocomError(f"no {count} of {len(devices)} GPUs came free in {timeout:g} s; run fewer jobs at a time")
         if not told:
@@ -102,27 +108,24 @@ def _wait_for(devices: list[str], count: int, timeout: float | None) -> tuple[st
         time.sleep(PATIENCE)
 
 
-def _lock(devices: list[str], count: int, folder: Path) -> dict[str, int]:
-    """Lock ``count`` devices and return their descriptors, or none: half a claim could block another half for ever."""
-    import fcntl  # not on Windows, where nothing else of this module is missed
-
+def _lock(devices: list[str], count: int, folder: Path) -> tuple[str, ...]:
+    """Lock ``count`` devices and return them, or none: half a claim could block another half for ever."""
     held: dict[str, int] = {}
     for device in devices:
-        if len(held) == count:
-            break
         descriptor = os.open(folder / f"{device.replace(os.sep, '_')}.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            held[device] = descriptor
         except BlockingIOError:
             os.close(descriptor)
-    if len(held) < count:
-        for descriptor in held.values():
-            os.close(descriptor)
-        held.clear()
-    for descriptor in held.values():
-        os.set_inheritable(descriptor, True)  # the lock outlives this program when it becomes another one, as below
-    return held
+            continue
+        held[device] = descriptor
+        if len(held) == count:
+            for number in held.values():
+                os.set_inheritable(number, True)  # the lock outlives this program when it becomes another one, as below
+            return tuple(held)
+    for number in held.values():
+        os.close(number)
+    return ()
 
 
 def _folder() -> Path:
@@ -138,20 +141,19 @@ def _folder() -> Path:
     return folder
 
 
-def main(words: list[str] | None = None) -> None:
+def start(
+    command: Annotated[list[str], typer.Argument(help="After --: the command and its arguments.")],
+    count: Annotated[int, typer.Option(min=1, help="How many GPUs.")] = 1,
+) -> None:
     """Claim GPUs, then become another command, which sees these GPUs only and holds them until it ends."""
-    parser = argparse.ArgumentParser(prog="python -m tocom.gpus", description=main.__doc__)
-    parser.add_argument("--count", type=int, default=1, help="how many GPUs")
-    parser.add_argument("command", nargs="+", help="after --: the command and its arguments")
-    options = parser.parse_args(words)
     try:
-        claim(options.count)
-        os.execvp(options.command[0], options.command)
+        claim(count)
+        os.execvp(command[0], command)
     except TocomError as error:
         sys.exit(f"tocom: error: {error}")
     except OSError as error:
-        sys.exit(f"tocom: error: cannot start {options.command[0]}: {error.strerror}")
+        sys.exit(f"tocom: error: cannot start {command[0]}: {error.strerror}")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(start)

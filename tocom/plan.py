@@ -5,58 +5,35 @@ All but :func:`plan_command` and what it measures is arithmetic on the config. I
 
 from __future__ import annotations
 
-import json
 import math
-import re
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Optional
+from typing import Annotated, NamedTuple, Optional
 
 import typer
 
-from tocom.config import Backbone, Checkpoint, DataSettings, Study, TaskEntry, read_study
+from tocom.config import Checkpoint, Study, TaskEntry, read_study
 from tocom.data.catalogue import DataSet, owner_of, read_catalogue, size_text
-from tocom.data.registry import DEFAULT_SIZES, DEFAULT_VAL, GENERATED, TASKS
 from tocom.errors import TocomError
-from tocom.rates import Rate, Rates, label
-from tocom.settings import RANDOM
+from tocom.plan_inputs import Model, Sizes, describe, distillation_images, segmentation_sizes, task_sizes
+from tocom.rates import Head, Rate, Rates, default_batch
+from tocom.settings import RANDOM, Augmentation, Optimisation
 
-#: Bytes of a weight of a checkpoint, of a label and of a prediction.
-FLOAT, LABEL, PREDICTION = 4, 8, 2
-
-
-class Sizes(NamedTuple):
-    """Images in each split of a task; None: not known before it is downloaded or prepared."""
-
-    train: int | None
-    val: int | None
-    test: int | None
+#: Bytes of a weight of a checkpoint, of a label, of a prediction, and of a count of pixels.
+FLOAT, LABEL, PREDICTION, COUNT = 4, 8, 2, 4
 
 
-UNKNOWN = Sizes(None, None, None)
+class Runs(NamedTuple):
+    """What images go through: a backbone behind a compressor, for images of some size."""
 
-
-@dataclass(frozen=True)
-class Model:
-    """What a plan needs to know of a backbone.
-
-    Attributes:
-        architecture, kwargs: what timm builds. parameters: how many numbers its weights are, classifier included.
-        proportional_attention: whether ToMe's log(token size) is added, which takes time.
-    """
-
-    architecture: str
-    kwargs: dict[str, Any]
-    parameters: int
-    proportional_attention: bool = True
-
-    @property
-    def label(self) -> str:
-        """Its name in a CSV of rates."""
-        return label(self.architecture, self.kwargs)
+    backbone: str
+    compressor: str
+    image_size: int
+    head: Head | None = None
 
 
 @dataclass(frozen=True)
@@ -64,14 +41,13 @@ class Work:
     """Passes of images through one model.
 
     Attributes:
-        stage: what a plan sums over. mode: "train" or "infer".
+        stage: what a plan sums over. runs: the model. mode: "train" or "infer".
         degrees: the degrees that the images are shared among evenly.
         images: how many passes; None: not known.
     """
 
     stage: str
-    backbone: str
-    compressor: str
+    runs: Runs
     mode: str
     precision: str
     degrees: tuple[int, ...]
@@ -129,8 +105,8 @@ def plan(
     """Work out what a study takes; pure arithmetic.
 
     Args:
-        models: backbone -> model. sizes: task -> images in its splits.
-        distil_images: backbone -> images that ToCom can be distilled on; None: not known, or without end.
+        models: backbone -> model. sizes: task, or what is segmented -> images in its splits.
+        distil_images: backbone -> images to distil ToCom on; None: not known, or without end.
 
     Raises:
         TocomError: a rate that is needed is not among those that were measured.
@@ -139,13 +115,13 @@ def plan(
     passes: dict[str, Amount] = {}
     hours: dict[str, Amount] = {}
     for work in works(study, sizes, distil_images):
-        model = models[work.backbone]
-        image_size = study.backbone(work.backbone).image_size
-        each = rates.seconds(model.label, image_size, work.compressor, work.precision, work.mode, work.degrees)
+        backbone, compressor, image_size, head = work.runs
+        name = models[backbone].label(head)
+        each = rates.seconds(name, image_size, compressor, work.precision, work.mode, work.degrees)
         passes.setdefault(work.stage, Amount()).add(work.images)
         hours.setdefault(work.stage, Amount()).add(None if work.images is None else work.images * each / 3600)
-    unknown = [name for name in study.task_names if None in sizes[name]]
-    if any(study.distil_for(variant).images is None for variant in study.variants):
+    unknown = [name for name, splits in sizes.items() if None in splits]
+    if any(study.distil_for(variant).images is None for variant in _distilled(study)):
         unknown += [f"images to distil {name} on" for name, n in distil_images.items() if n is None]
     return Plan(
         jobs(study, catalogue), passes, hours, disk(study, models, sizes, catalogue), tuple(unknown), rates.device
@@ -156,46 +132,56 @@ def plan(
 
 
 def jobs(study: Study, catalogue: Mapping[str, DataSet]) -> dict[str, int]:
-    """Return the number of Snakemake's jobs by rule, in a folder without results; see workflow/rules.
-
-    Raises:
-        TocomError: the study segments images, which this arithmetic does not cover.
-    """
-    if study.segmentation:
-        raise TocomError("`tocom plan` does not cover segmentation; count the jobs with `snakemake --dry-run`")
+    """Return the number of Snakemake's jobs by rule, in a folder without results; see workflow/rules."""
     pairs = len(study.backbones) * len(study.compressors)
-    per_batch = pairs * len(study.tasks) * len(study.batches)
     counts = {
         "fetch": len(downloads(study, catalogue)),
-        "prepare": len(study.tasks),
         "import_backbone": sum(backbone.timm is not None for backbone in study.backbones),
         "pretrain_backbone": sum(backbone.architecture is not None for backbone in study.backbones),
         "distil": pairs * len(_distilled(study)),
+    }
+    counts |= _segmentation_jobs(study, pairs) if study.segmentation else _classification_jobs(study, pairs)
+    counts |= {"throughput": pairs, "gather_throughput": 1, "all": 1}
+    return {rule: count for rule, count in counts.items() if count}
+
+
+def _classification_jobs(study: Study, pairs: int) -> dict[str, int]:
+    per_batch = pairs * len(study.tasks) * len(study.batches)
+    carried = bool(study.gap_degrees)
+    return {
+        "prepare": len(study.tasks),
         "finetune": per_batch,
         "evaluate": per_batch,
-        "transfer": pairs if study.gap_degrees else 0,
-        "throughput": pairs,
-        "gather_throughput": 1,
-        "gather_transfer": 1 if study.gap_degrees else 0,
+        "transfer": pairs * carried,
+        "gather_transfer": int(carried),
         "cells": 1,
         "significance": 1,
         "tables": 1,
+        "paper_table": int("paper" in study.table_names),
         "figures": 1,
-        "all": 1,
     }
-    return {rule: count for rule, count in counts.items() if count}
+
+
+def _segmentation_jobs(study: Study, pairs: int) -> dict[str, int]:
+    runs = pairs * len(study.checkpoints)
+    return {"segment_prepare": 1, "segment_train": runs, "segment_evaluate": runs, "segment_table": 1}
 
 
 def downloads(study: Study, catalogue: Mapping[str, DataSet]) -> list[str]:
     """Return the data sets of the catalogue that are downloaded for the study."""
     names = [task.name for task in study.tasks if task.is_downloaded]
+    names += ["ade20k"] if study.segmentation and study.segmentation.is_downloaded else []
     names += [b.distil_images for b in study.backbones if b.distil_images in catalogue]
     return list(dict.fromkeys(owner_of(name, catalogue) for name in names))
 
 
 def _distilled(study: Study) -> list[str]:
-    """Return the variants of ToCom that are distilled; those that differ in scales alone share one."""
-    return list(dict.fromkeys(study.distilled_as(variant) for variant in study.variants))
+    """Return the variants of ToCom that are distilled; those that differ in scales alone share one.
+
+    Segmentation has the main one alone.
+    """
+    variants = study.variants[:1] if study.segmentation else study.variants
+    return list(dict.fromkeys(study.distilled_as(variant) for variant in variants))
 
 
 # --- passes ---------------------------------------------------------------------------------------------------------
@@ -210,16 +196,18 @@ def works(study: Study, sizes: Mapping[str, Sizes], distil_images: Mapping[str, 
     found = []
     for backbone in study.backbones:
         if backbone.architecture:
-            found += _pretraining(study, backbone.name)
+            found += _pretraining(study, Runs(backbone.name, study.compressors[0], backbone.image_size))
         for compressor in study.compressors:
-            model = (backbone.name, compressor)
-            found += _distillation(study, model, distil_images[backbone.name])
+            runs = Runs(backbone.name, compressor, backbone.image_size)
+            found += _distillation(study, runs, distil_images[backbone.name])
             for task, checkpoint in product(study.tasks, study.checkpoints):
-                found += _finetuning(study, model, task, sizes[task.name], checkpoint)
-                found += _evaluation(study, model, sizes[task.name], checkpoint)
+                found += _finetuning(study, runs, task, sizes[task.name], checkpoint)
+                found += _evaluation(study, runs, sizes[task.name], checkpoint)
             if study.gap_degrees:
-                found += [_transfer(study, model, sizes[task.name]) for task in study.tasks]
-            found += _throughput(study, model)
+                found += [_transfer(study, runs, sizes[task.name]) for task in study.tasks]
+            if study.segmentation:
+                found += _segmentation(study, backbone.name, compressor, sizes[study.segmentation.name])
+            found += _throughput(study, runs)
     return found
 
 
@@ -227,17 +215,24 @@ def _times(images: int | None, *factors: float) -> float | None:
     return None if images is None else images * math.prod(factors)
 
 
-def _pretraining(study: Study, backbone: str) -> list[Work]:
-    settings = study.pretrain
-    model = (backbone, study.compressors[0])
-    score = settings.held_out * (settings.epochs + study.max_degree + 1)
+def _epoch(images: int | None, settings: Optimisation) -> int | None:
+    """Return the images of an epoch: where images are mixed, the partial batch at the end is left out."""
+    if images is None or not (isinstance(settings, Augmentation) and settings.mixes):
+        return images
+    return images - images % settings.batch_size
+
+
+def _pretraining(study: Study, runs: Runs) -> list[Work]:
+    """Train without compression, score after each epoch, and at the end at every degree; scores are in fp32."""
+    settings, degrees = study.pretrain, tuple(range(study.max_degree + 1))
     return [
-        Work("pretrain", *model, "train", settings.precision, (0,), settings.images * settings.epochs),
-        Work("pretrain", *model, "infer", settings.precision, (0,), score),
+        Work("pretrain", runs, "train", settings.precision, (0,), settings.images * settings.epochs),
+        Work("pretrain", runs, "infer", "fp32", (0,), settings.held_out * settings.epochs),
+        Work("pretrain", runs, "infer", "fp32", degrees, settings.held_out * len(degrees)),
     ]
 
 
-def _distillation(study: Study, model: tuple[str, str], available: int | None) -> list[Work]:
+def _distillation(study: Study, runs: Runs, available: int | None) -> list[Work]:
     """Teacher and student run at degrees drawn evenly from 0 to the highest; the student is also differentiated.
 
     The student's weights are frozen, so that its backward pass is a little cheaper than the one that was timed.
@@ -246,20 +241,20 @@ def _distillation(study: Study, model: tuple[str, str], available: int | None) -
     found = []
     for variant in _distilled(study):
         settings = study.distil_for(variant)
-        images = min((n for n in (available, settings.images) if n is not None), default=None)
-        passes = _times(images, settings.epochs)
-        held_out = settings.held_out * (settings.epochs + 1) * 2  # once before the first epoch; teacher and student
+        held_out = settings.held_out if available is None else min(settings.held_out, available // 10)
+        left = None if available is None else available - held_out
+        images = min((n for n in (left, settings.images) if n is not None), default=None)
+        passes = _times(_epoch(images, settings), settings.epochs)
+        scored = held_out * (settings.epochs + 1) * 2  # once before the first epoch; teacher and student
         found += [
-            Work("distil", *model, "infer", settings.precision, degrees, passes),
-            Work("distil", *model, "train", settings.precision, degrees, passes),
-            Work("distil", *model, "infer", settings.precision, degrees, held_out),
+            Work("distil", runs, "infer", settings.precision, degrees, passes),
+            Work("distil", runs, "train", settings.precision, degrees, passes),
+            Work("distil", runs, "infer", settings.precision, degrees, scored),
         ]
     return found
 
 
-def _finetuning(
-    study: Study, model: tuple[str, str], task: TaskEntry, sizes: Sizes, checkpoint: Checkpoint
-) -> list[Work]:
+def _finetuning(study: Study, runs: Runs, task: TaskEntry, sizes: Sizes, checkpoint: Checkpoint) -> list[Work]:
     """Train on the training images, and classify the validation images after every epoch.
 
     A model that is used as it is, is only scored. Adapters are counted as if all weights were trained.
@@ -269,17 +264,17 @@ def _finetuning(
     scored = (low, high // 2, high) if degree == RANDOM else (degree,)
     epochs = 0 if settings.tuning.mode == "none" else settings.epochs
     parts = [
-        ("train", tuple(range(low, high + 1)), _times(sizes.train, epochs)),
+        ("train", tuple(range(low, high + 1)), _times(_epoch(sizes.train, settings), epochs)),
         ("infer", scored, _times(sizes.val, len(scored), max(epochs, 1))),
     ]
     return [
-        Work("finetune", *model, mode, settings.precision, degrees, images)
+        Work("finetune", runs, mode, settings.precision, degrees, images)
         for mode, degrees, images in parts
         if images != 0
     ]
 
 
-def _evaluation(study: Study, model: tuple[str, str], sizes: Sizes, checkpoint: Checkpoint) -> list[Work]:
+def _evaluation(study: Study, runs: Runs, sizes: Sizes, checkpoint: Checkpoint) -> list[Work]:
     """Test images in every cell; validation images at every candidate scale of the compensated ones."""
     settings, degrees = study.evaluate, study.infer_degrees
     found = [("infer", degrees, _times(sizes.test, len(degrees)))]
@@ -289,23 +284,45 @@ def _evaluation(study: Study, model: tuple[str, str], sizes: Sizes, checkpoint: 
             scales = len(study.scales_for(variant) or settings.scales)
             found.append(("infer", others, _times(sizes.test, len(others))))
             found.append(("infer", others, _times(sizes.val, len(others), scales if scales > 1 else 0)))
-    return [Work("evaluate", *model, mode, settings.precision, where, images) for mode, where, images in found]
+    return [Work("evaluate", runs, mode, settings.precision, where, images) for mode, where, images in found]
 
 
-def _transfer(study: Study, model: tuple[str, str], sizes: Sizes) -> Work:
+def _transfer(study: Study, runs: Runs, sizes: Sizes) -> Work:
     """Test images at the high degree: once without a gap, and once with the gap of every task."""
     images = _times(sizes.test, len(study.seeds), len(study.tasks) + 1)
-    return Work("transfer", *model, "infer", study.evaluate.precision, (study.gap_degrees[1],), images)
+    return Work("transfer", runs, "infer", study.evaluate.precision, (study.gap_degrees[1],), images)
 
 
-def _throughput(study: Study, model: tuple[str, str]) -> list[Work]:
+def _segmentation(study: Study, backbone: str, compressor: str, sizes: Sizes) -> list[Work]:
+    """Train on the training images and score the validation images after every epoch; then evaluate every cell.
+
+    Unlike in classification, a single candidate scale is tried, too, and only the main variant of ToCom is evaluated.
+    """
+    wanted, training, evaluated = study.segmentation, study.segmentation.train, study.evaluate
+    runs = Runs(backbone, compressor, wanted.image_size, Head(training.head, wanted.n_classes))
+    found = []
+    for checkpoint in study.checkpoints:
+        degrees, own = study.infer_degrees, (checkpoint.train_degree,)
+        others = tuple(degree for degree in degrees if degree not in own)
+        parts = [
+            ("segment train", "train", training, own, _times(sizes.train, training.epochs)),
+            ("segment train", "infer", training, own, _times(sizes.val, training.epochs)),
+            ("segment evaluate", "infer", evaluated, degrees, _times(sizes.test, len(degrees))),
+            ("segment evaluate", "infer", evaluated, others, _times(sizes.test, len(others))),
+            ("segment evaluate", "infer", evaluated, others, _times(sizes.val, len(others), len(evaluated.scales))),
+        ]
+        found += [Work(stage, runs, mode, how.precision, at, images) for stage, mode, how, at, images in parts if at]
+    return found
+
+
+def _throughput(study: Study, runs: Runs) -> list[Work]:
     """Compare, at each degree, with and without ToCom, with the uncompressed model."""
     settings, degrees = study.throughput, tuple(sorted({0, *study.infer_degrees}))
     each = (settings.warmup + settings.repeats) * settings.batch_size * len(degrees)
     parts = [("infer", degrees, 2 * each), ("infer", (0,), each)]
     if settings.training:
         parts += [("train", degrees, each), ("train", (0,), each)]
-    return [Work("throughput", *model, mode, settings.precision, where, images) for mode, where, images in parts]
+    return [Work("throughput", runs, mode, settings.precision, where, images) for mode, where, images in parts]
 
 
 # --- disk -----------------------------------------------------------------------------------------------------------
@@ -335,7 +352,22 @@ def disk(
         found["backbones"].add(weights if backbone.is_made else 0)
         trained = len(study.compressors) * len(study.tasks) * len(study.checkpoints)
         found["checkpoints"].add(weights * trained)
+    if study.segmentation:
+        _add_segmentation(found, study, models, sizes[study.segmentation.name])
     return found
+
+
+def _add_segmentation(found: dict[str, Amount], study: Study, models: Mapping[str, Model], sizes: Sizes) -> None:
+    """Add what segmentation leaves on disk; the images of a folder are not decoded beforehand."""
+    wanted = study.segmentation
+    if wanted.data == "scenes":
+        found["prepared tasks"].add(sum(sizes) * (3 + 1) * wanted.image_size**2)  # three channels and a label
+    trained = len(study.compressors) * len(study.checkpoints)
+    cells = 2 * len(study.infer_degrees)  # with and without ToCom
+    for backbone in study.backbones:
+        found["checkpoints"].add(models[backbone.name].segmenter_parameters * FLOAT * trained)
+        # True positives, false positives and false negatives of every class.
+        found["predictions"].add(_times(sizes.test, cells, trained, wanted.n_classes, 3 * COUNT))
 
 
 def _cells(study: Study, checkpoint: Checkpoint) -> int:
@@ -344,128 +376,7 @@ def _cells(study: Study, checkpoint: Checkpoint) -> int:
     return len(study.infer_degrees) * (1 + variants)
 
 
-# --- what the plan has to know of data and models -------------------------------------------------------------------
-
-
-def split_sizes(train: int, val: int | None, test: int, data: DataSettings) -> Sizes:
-    """Return the sizes of a task's splits as :func:`tocom.data.registry.downloaded` makes them.
-
-    Args:
-        train, val, test: images in the source's splits; val is None if it has none.
-    """
-    if val is None:
-        wanted = DEFAULT_VAL if data.val is None else data.val
-        val = round(wanted * train) if wanted < 1 else int(wanted)
-        train -= val
-    limits = (data.train, None if (data.val or 0) < 1 else data.val, data.test)
-    counts = (train, val, test)
-    return Sizes(*(n if limit is None else min(n, limit) for n, limit in zip(counts, limits, strict=True)))
-
-
-def task_sizes(study: Study, task: TaskEntry, catalogue: Mapping[str, DataSet]) -> Sizes:
-    """Find out how many images a task has without decoding or downloading any.
-
-    Downloaded data, folders and CSV files are counted; of a data set that is not there, the catalogue states the
-    splits. Hub data sets and Python functions are known once the task is prepared.
-    """
-    data = study.data_for(task.name)
-    if task.kind in ("folder", "csv"):
-        from tocom.data.own import read_own
-
-        counts = {split: len(items) for split, items in read_own(task.name, task, Path(data.root)).splits.items()}
-    elif task.kind:
-        return _prepared_sizes(Path("results") / study.study / "data" / f"{task.name}.safetensors")
-    elif task.name in TASKS:
-        return _bundled_sizes(task.name, data)
-    else:
-        counts = _downloaded_counts(task.name, data.root, catalogue)
-    if not {"train", "test"} <= counts.keys():
-        return UNKNOWN
-    return split_sizes(counts["train"], counts.get("val"), counts["test"], data)
-
-
-def _prepared_sizes(path: Path) -> Sizes:
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        return UNKNOWN
-    try:
-        with safe_open(path, framework="np") as file:
-            sizes = json.loads((file.metadata() or {}).get("sizes", "{}"))
-    except (SafetensorError, ValueError):
-        return UNKNOWN
-    return Sizes(*(sizes.get(split) for split in Sizes._fields))
-
-
-def _bundled_sizes(name: str, data: DataSettings) -> Sizes:
-    wanted = {split: getattr(data, split) or DEFAULT_SIZES[split] for split in Sizes._fields}
-    if TASKS[name].group != GENERATED:
-        left = len(TASKS[name].load()[1]) - wanted["train"] - wanted["val"]
-        wanted["test"] = min(wanted["test"], left)
-    return Sizes(**wanted)
-
-
-def _downloaded_counts(name: str, root: str, catalogue: Mapping[str, DataSet]) -> dict[str, int]:
-    """Count the images of a data set that is there; otherwise read the catalogue's statement ("800 train, ...")."""
-    from tocom.data.families import load_listing
-
-    try:
-        return {split: len(items) for split, items in load_listing(name, root, catalogue).splits.items()}
-    except TocomError:  # not downloaded, or only in part
-        stated = re.findall(r"([\d,]+) (train|val|test)\b", catalogue[name].split)
-        return {split: int(number.replace(",", "")) for number, split in stated}
-
-
-def distillation_images(study: Study, backbone: Backbone, catalogue: Mapping[str, DataSet]) -> int | None:
-    """Return how many images ToCom can be distilled on, the held-out tenth left out.
-
-    None: not known, or without end, as for generated letters.
-    """
-    if backbone.distil_images is None:
-        return None
-    if backbone.distil_images in catalogue:
-        total = _downloaded_counts(backbone.distil_images, study.data.root, catalogue).get("train")
-    else:
-        from tocom.data.registry import pretraining_files
-
-        try:
-            total = len(pretraining_files(backbone.distil_images, study.data.root))
-        except TocomError:  # the folder is not there yet
-            total = None
-    return None if total is None else total - total // 10
-
-
-def describe(backbone: Backbone) -> Model:
-    """Return what a plan needs to know of a backbone; builds it, without memory for its weights.
-
-    Raises:
-        TocomError: the checkpoint is missing, or timm cannot build the model.
-    """
-    import torch
-
-    from tocom.models import create, default_proportional_attention
-
-    architecture = backbone.timm or backbone.architecture
-    kwargs, attention = backbone.kwargs, backbone.proportional_attention
-    if architecture is None:
-        metadata = _checkpoint_metadata(backbone.checkpoint)
-        architecture, kwargs = metadata["architecture"], metadata["kwargs"]
-        attention = metadata.get("proportional_attention", True)
-    elif attention is None:
-        attention = default_proportional_attention(architecture)
-    with torch.device("meta"):
-        model = create(architecture, kwargs | {"img_size": backbone.image_size})
-    return Model(architecture, kwargs, sum(p.numel() for p in model.parameters()), attention)
-
-
-def _checkpoint_metadata(checkpoint: str) -> dict[str, Any]:
-    from tocom.bundled import resolve
-    from tocom.files import load_arrays
-
-    metadata = load_arrays(resolve(checkpoint))[1]
-    if "architecture" not in metadata:
-        raise TocomError(f"{checkpoint} is not a model's checkpoint; check the path")
-    return metadata
+# --- rates ----------------------------------------------------------------------------------------------------------
 
 
 def measured_degrees(work: Sequence[Work]) -> list[int]:
@@ -476,35 +387,59 @@ def measured_degrees(work: Sequence[Work]) -> list[int]:
 
 
 def measure_study(
-    study: Study, work: Sequence[Work], models: Mapping[str, Model], device: str, batch_size: int, seconds: float
+    study: Study,
+    work: Sequence[Work],
+    models: Mapping[str, Model],
+    device: str,
+    batch_size: int | None,
+    seconds: float,
 ) -> list[Rate]:
-    """Measure every rate that a study's plan needs on this machine; see :func:`tocom.rates.measure`."""
+    """Measure every rate that a study's plan needs on this machine; see :func:`tocom.rates.measure`.
+
+    Args:
+        batch_size: images a pass; None: see :func:`tocom.rates.default_batch`.
+    """
     from tocom.models import pick_device
     from tocom.rates import measure
-    from tocom.training import make_deterministic
+    from tocom.training import bar, make_deterministic
 
     make_deterministic(study.finetune.threads)
-    alike: dict[tuple, list[Work]] = defaultdict(list)  # backbones that differ in weights alone are measured once
+    where = pick_device(device)
+    most = (study.segmentation.train if study.segmentation else study.finetune).batch_size
+    # Backbones that differ in weights alone are measured once.
+    alike: dict[tuple, dict[str, list[Work]]] = defaultdict(lambda: defaultdict(list))
     for item in work:
-        image_size = study.backbone(item.backbone).image_size
-        alike[models[item.backbone].label, image_size, item.compressor, item.precision, item.mode].append(item)
+        name = models[item.runs.backbone].label(item.runs.head)
+        alike[name, item.runs._replace(backbone=""), item.precision][item.mode].append(item)
+    wanted = [
+        (next(iter(by_mode.values()))[0], {mode: measured_degrees(items) for mode, items in by_mode.items()})
+        for by_mode in alike.values()
+    ]
+    total = sum(_PASSES[mode] * len(found) for _, degrees in wanted for mode, found in degrees.items())
     rates = []
-    for (_, image_size, compressor, precision, mode), items in alike.items():
-        model = models[items[0].backbone]
-        rates += measure(
-            model.architecture,
-            measured_degrees(items),
-            pick_device(device),
-            batch_size,
-            seconds,
-            kwargs=model.kwargs,
-            image_size=image_size,
-            compressor=compressor,
-            precision=precision,
-            modes=[mode],
-            proportional_attention=model.proportional_attention,
-        )
+    with bar(None, "measure", total=total) as progress:
+        for item, degrees in wanted:
+            backbone, compressor, image_size, head = item.runs
+            model = models[backbone]
+            rates += measure(
+                model.architecture,
+                degrees,
+                where,
+                batch_size or default_batch(where.type, image_size, most),
+                seconds,
+                kwargs=model.kwargs,
+                image_size=image_size,
+                compressor=compressor,
+                precision=item.precision,
+                proportional_attention=model.proportional_attention,
+                head=head,
+                advance=lambda mode: progress.update(_PASSES[mode]),
+            )
     return rates
+
+
+#: What a measurement counts in the time left: training takes about three times as long as a forward pass.
+_PASSES = {"train": 3, "infer": 1}
 
 
 # --- output ---------------------------------------------------------------------------------------------------------
@@ -536,6 +471,8 @@ def show(result: Plan) -> None:
     table("Disk", ("files", "size"), [*kinds, ("together", total_of(result.disk).text(size_text))])
     console.print(f"Rates were measured on: {result.device}", highlight=False)
     console.print("Hours are of models alone: no start-up, no reading and augmenting of images, no optimizer.")
+    if "segment train" in result.passes:
+        console.print("The segmentation head and the loss of its pixels are timed; counting labelled pixels is not.")
     if result.unknown:
         console.print(f"Not known before download or preparation: {', '.join(result.unknown)}", highlight=False)
 
@@ -557,8 +494,15 @@ def plan_command(
     ] = None,
     save_rates: Annotated[Optional[Path], typer.Option(help="CSV to write the measured rates to.")] = None,
     device: Annotated[str, typer.Option(help="Device to measure on: auto, cpu, cuda or cuda:N.")] = "auto",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a pass while measuring.")] = 32,
-    seconds: Annotated[float, typer.Option(min=0, help="How long each model, degree and mode is measured.")] = 2.0,
+    batch_size: Annotated[
+        Optional[int],
+        typer.Option(
+            min=1, help="Images a pass while measuring; by default 32 of 224 x 224 pixels on a GPU, 2 on a CPU."
+        ),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="How long each model, degree and mode is measured, at least once.")
+    ] = 2.0,
 ) -> None:
     """Print the jobs, hours and disk space that a study will take, from rates measured now or read from a file."""
     from tocom.rates import read_rates, write_rates
@@ -566,14 +510,28 @@ def plan_command(
     if rates is not None and save_rates is not None:
         raise TocomError("--rates reads what --save-rates measures; give one of them")
     study, catalogue = read_study(config), read_catalogue()
-    jobs(study, catalogue)  # refuses what cannot be planned before anything is measured
-    models = {backbone.name: describe(backbone) for backbone in study.backbones}
+    models = {backbone.name: describe(backbone, study.segmentation) for backbone in study.backbones}
     sizes = {task.name: task_sizes(study, task, catalogue) for task in study.tasks}
+    if study.segmentation:
+        sizes[study.segmentation.name] = segmentation_sizes(study, catalogue)
     images = {backbone.name: distillation_images(study, backbone, catalogue) for backbone in study.backbones}
     if rates is not None:
         known = read_rates(rates)
     else:
+        _warn_of_a_processor(study, device)
         known = measure_study(study, works(study, sizes, images), models, device, batch_size, seconds)
     if save_rates is not None:
         write_rates(known, save_rates)
     show(plan(study, Rates(known), models, sizes, images, catalogue))
+
+
+def _warn_of_a_processor(study: Study, device: str) -> None:
+    """Say so before minutes go by if a study for a GPU is measured without one."""
+    from tocom.models import pick_device
+
+    if pick_device(device).type == "cpu" and study.distil.device.startswith("cuda"):
+        print(
+            "This study is for a GPU, but the hours will be those of this CPU. Measure with --save-rates on the machine"
+            " that will run it, and give that file to --rates here.",
+            file=sys.stderr,
+        )

@@ -6,10 +6,10 @@ import os
 import platform
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -19,8 +19,19 @@ from tocom.files import write_text
 if TYPE_CHECKING:
     import torch
 
+    from tocom.vit import CompressedViT
+
 #: Forward, loss and backward; forward alone.
 MODES = ("train", "infer")
+#: How many images of 224 x 224 pixels, or as many pixels in others, are in a pass that is timed.
+BATCHES = {"cuda": 32, "cpu": 2}
+
+
+class Head(NamedTuple):
+    """The head of a model that labels pixels; its time, and that of the loss of every pixel, count."""
+
+    kind: str
+    classes: int
 
 
 @dataclass(frozen=True)
@@ -46,10 +57,11 @@ class Rate:
 COLUMNS = tuple(field.name for field in fields(Rate))
 
 
-def label(architecture: str, kwargs: dict[str, Any]) -> str:
-    """Return a name for a model by what its speed depends on; neither image size nor classes are in it."""
+def label(architecture: str, kwargs: dict[str, Any], head: Head | None = None) -> str:
+    """Return a name for a model by what its speed depends on, less image size and a classifier's classes."""
     shown = [f"{key}={value}" for key, value in sorted(kwargs.items()) if key not in ("img_size", "num_classes")]
-    return f"{architecture}({', '.join(shown)})" if shown else architecture
+    name = f"{architecture}({', '.join(shown)})" if shown else architecture
+    return f"{name} + {head.kind} head of {head.classes} classes" if head else name
 
 
 class Rates:
@@ -139,9 +151,20 @@ def device_name(device: torch.device) -> str:
     return f"{' '.join(name.split())}, {threads} thread{'s' if threads > 1 else ''}"
 
 
+def default_batch(device: str, image_size: int, most: int) -> int:
+    """Return how many images a timed pass has: enough to keep the device busy, few enough that it is soon done.
+
+    Args:
+        device: torch's type of device. image_size: side in pixels.
+        most: as many as the study itself has in a step.
+    """
+    pixels = BATCHES.get(device, BATCHES["cuda"]) * 224**2
+    return max(1, min(most, pixels // image_size**2))
+
+
 def measure(
     architecture: str,
-    degrees: Sequence[int],
+    degrees: Mapping[str, Sequence[int]],
     device: torch.device,
     batch_size: int,
     seconds: float,
@@ -150,17 +173,21 @@ def measure(
     image_size: int = 224,
     compressor: str = "tome",
     precision: str = "fp32",
-    modes: Sequence[str] = MODES,
     proportional_attention: bool = True,
+    head: Head | None = None,
+    advance: Callable[[str], object] = lambda mode: None,
 ) -> list[Rate]:
     """Time a model with random weights at each degree and mode.
 
     Args:
         architecture: a timm model. kwargs: overrides of its arguments.
-        batch_size: images a forward pass. seconds: how long each degree is timed, at least one pass.
+        degrees: mode -> the degrees at which it is timed.
+        batch_size: images a pass. seconds: how long each degree and mode is timed, at least one pass.
+        head: of a model that labels pixels; None: it classifies images.
+        advance: called with the mode after each rate, for a progress bar.
 
     Returns:
-        A rate (from the median time of a pass) for each degree and mode.
+        A rate (from the median time of a pass) for each degree and mode, by ascending degree.
 
     Raises:
         TocomError: the model cannot be built or compressed, or the device's memory does not hold the batch.
@@ -168,39 +195,92 @@ def measure(
     import torch
 
     from tocom.models import create
-    from tocom.stages.throughput import inference_work, training_work
     from tocom.vit import CompressedViT
 
     # Weights that were trained without labels have no classifier, which a study gives them.
-    arguments = (kwargs or {}) | {"img_size": image_size}
-    model = create(architecture, {"num_classes": 1000} | arguments).to(device)
-    vit = CompressedViT(model, compressor, proportional_attention=proportional_attention)
+    arguments = {"num_classes": 1000} | (kwargs or {}) | {"img_size": image_size} | ({"num_classes": 0} if head else {})
+    vit = CompressedViT(create(architecture, arguments), compressor, proportional_attention=proportional_attention)
     images = torch.randn(batch_size, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
-    name, rates = label(architecture, kwargs or {}), []
-    for degree in degrees:
+    make = _labelling(vit, head, images, precision) if head else _classifying(vit, images, precision)
+    name, rates = label(architecture, kwargs or {}, head), []
+    for degree, mode in sorted((degree, mode) for mode, found in degrees.items() for degree in found):
         vit.set_degree(degree)
-        for mode in modes:
-            make = training_work if mode == "train" else inference_work
-            try:
-                elapsed = _median_time(make(vit.train(mode == "train"), images, precision), device, seconds)
-            except torch.OutOfMemoryError:
-                raise TocomError(
-                    f"{batch_size} images of {name} do not fit into the memory of {device_name(device)};"
-                    " give a smaller --batch-size"
-                ) from None
-            speed = batch_size / elapsed
-            rates.append(
-                Rate(name, image_size, compressor, precision, device_name(device), int(degree), mode, float(speed))
-            )
+        try:
+            elapsed = _median_time(make(mode), device, seconds)
+        except torch.OutOfMemoryError:
+            raise TocomError(
+                f"{batch_size} images of {name} do not fit into the memory of {device_name(device)};"
+                " give a smaller --batch-size"
+            ) from None
+        speed = batch_size / elapsed
+        rates.append(
+            Rate(name, image_size, compressor, precision, device_name(device), int(degree), mode, float(speed))
+        )
+        advance(mode)
     return rates
 
 
+def _classifying(vit: CompressedViT, images: torch.Tensor, precision: str) -> Callable[[str], Callable[[], object]]:
+    """Return a function from a mode to a pass of images [B, 3, S, S] through a model that classifies them."""
+    from tocom.stages.throughput import inference_work, training_work
+
+    vit.to(images.device)
+
+    def make(mode: str) -> Callable[[], object]:
+        work = training_work if mode == "train" else inference_work
+        return work(vit.train(mode == "train"), images, precision)
+
+    return make
+
+
+def _labelling(
+    vit: CompressedViT, head: Head, images: torch.Tensor, precision: str
+) -> Callable[[str], Callable[[], object]]:
+    """Return a function from a mode to a pass of images [B, 3, S, S] through a model that labels their pixels.
+
+    As in the stage itself, images that are not trained on are labelled, and their loss is computed.
+    """
+    import torch
+
+    from tocom.segmentation.model import Segmenter, make_head, pixel_loss
+    from tocom.segmentation.scenes import IGNORED
+    from tocom.stages.throughput import step_work
+    from tocom.training import autocast
+
+    device = images.device
+    segmenter = Segmenter(vit, make_head(head.kind, vit.model.embed_dim, head.classes)).to(device)
+    shape = (len(images), *images.shape[-2:])
+    labels = torch.randint(head.classes, shape, generator=torch.Generator().manual_seed(0)).to(device)
+
+    @torch.inference_mode()
+    def infer() -> None:
+        with autocast(precision, device):
+            scores = segmenter(images)
+        pixel_loss(scores, labels, IGNORED)
+        scores.argmax(1)
+
+    def make(mode: str) -> Callable[[], object]:
+        segmenter.train(mode == "train")
+        if mode == "infer":
+            return infer
+        return step_work(segmenter, lambda: pixel_loss(segmenter(images), labels, IGNORED), precision, device)
+
+    return make
+
+
 def _median_time(work: Callable[[], object], device: torch.device, budget: float) -> float:
-    """Return the median seconds of a piece of work, repeated until ``budget`` seconds are used up."""
+    """Return the median seconds of a piece of work, repeated until ``budget`` seconds are used up.
+
+    The first pass, in which kernels are chosen and memory is taken, does not count, unless it takes all of the budget
+    on a processor, where that makes little difference to so long a pass.
+    """
     from tocom.stages.throughput import seconds
 
-    seconds(work, device)  # kernels are chosen and memory is taken in the first passes
-    times, end = [seconds(work, device)], time.perf_counter() + budget
+    first = seconds(work, device)
+    if device.type == "cpu" and first >= budget:
+        return first
+    end = time.perf_counter() + budget
+    times = [seconds(work, device)]
     while time.perf_counter() < end:
         times.append(seconds(work, device))
     return float(np.median(times))

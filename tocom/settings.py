@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tocom.errors import TocomError, suggest
 
@@ -28,7 +28,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 class Settings(BaseModel):
     """Base of all settings: unknown keys are errors, values cannot be changed."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     @classmethod
     def meaning(cls, name: str) -> str:
@@ -74,6 +74,17 @@ class Optimisation(Settings):
     workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that decode and augment images")
     threads: Positive = Field(1, description="torch CPU threads; part of the recipe, since sums depend on it")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+
+    @model_validator(mode="after")
+    def _schedule_makes_sense(self):
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(f"warmup_epochs {self.warmup_epochs} exceeds epochs {self.epochs}; lower it")
+        if self.peak_lr < self.min_lr:
+            raise ValueError(
+                f"the learning rate would rise from {self.peak_lr:g} to min_lr {self.min_lr:g};"
+                " lower min_lr, or raise lr or batch_size (lr is for lr_batch images, if that is set)"
+            )
+        return self
 
     @property
     def peak_lr(self) -> float:
@@ -159,6 +170,13 @@ class DistilSettings(Augmentation, Optimisation):
     images: Positive | None = Field(20_000, description="pre-training images to use; null: all")
     held_out: Positive = Field(1_000, description="further images, to choose the best epoch on")
     pairs: Positive = Field(48, description="held-out (source, target) pairs that the best epoch is chosen on")
+
+    @field_validator("projections")
+    @classmethod
+    def _each_once(cls, value):
+        if len(set(value)) < len(value):
+            raise ValueError(f"projections lists something twice: {', '.join(value)}")
+        return value
 
 
 class EvaluateSettings(Settings):

@@ -284,6 +284,22 @@ def imagenet1k(folder: Path) -> dict:
     return {"files": {"imagenet1k.tar": "."}, "truth": truth, "family": "imagenet", "group": "ImageNet-1k"}
 
 
+def ade20k(folder: Path) -> dict:
+    """Its truth is the names of the images; an annotation has class k + 1 on the left, of colour k, and 0 elsewhere."""
+    members, truth = {}, {"train": [], "test": []}
+    for split, label, index in numbered("train", "test"):
+        source, letters = ("training", "train") if split == "train" else ("validation", "val")
+        stem = f"ADE_{letters}_{len(truth[split]) + 1:08d}"
+        image, values = draw(label, index), np.zeros((48, 48), dtype=np.uint8)
+        values[:, :24], image[:, 24:] = label + 1, 0
+        members[f"ADEChallengeData2016/images/{source}/{stem}.jpg"] = encode(image)
+        members[f"ADEChallengeData2016/annotations/{source}/{stem}.png"] = encode(values, "PNG")
+        truth[split].append(stem)
+    members["ADEChallengeData2016/objectInfo150.txt"] = b"Idx\tRatio\n"
+    write_zip(folder / "ADEChallengeData2016.zip", members)
+    return {"files": {"ADEChallengeData2016.zip": "."}, "truth": truth, "family": "ade20k", "group": "segmentation"}
+
+
 def vtab(folder: Path, name: str) -> dict:
     """Every list has images of its own: those of train800val200.txt are copies of the others."""
     images = {"train": [], "val": [], "test": []}
@@ -316,6 +332,7 @@ MAKERS: dict[str, Callable[[Path], dict]] = {
     "cars_devkit": cars_devkit,
     "dogs": dogs,
     "imagenet1k": imagenet1k,
+    "ade20k": ade20k,
 }
 NAMES = (*MAKERS, *GROUP_OF)
 

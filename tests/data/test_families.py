@@ -12,6 +12,7 @@ import pytest
 from scipy.io import loadmat, savemat
 
 from tests.data import layouts
+from tests.data.disk import file_limit
 from tests.data.server import serve
 from tocom.data.catalogue import read_catalogue
 from tocom.data.families import FAMILIES, imagenet, load_listing, vtab
@@ -28,10 +29,10 @@ def world(tmp_path_factory):
     """All data sets, fetched: (root, catalogue, {name: truth})."""
     folder, root = tmp_path_factory.mktemp("served"), tmp_path_factory.mktemp("data")
     with serve(folder) as server:
-        catalogue = layouts.make_catalogue(folder, server.base, NAMES)
-        for name in NAMES:
+        catalogue = layouts.make_catalogue(folder, server.base, (*NAMES, "ade20k"))
+        for name in (*NAMES, "ade20k"):
             fetch(name, root, catalogue)
-    truth = {name: layouts.make_archives(name, folder)["truth"] for name in NAMES}
+    truth = {name: layouts.make_archives(name, folder)["truth"] for name in (*NAMES, "ade20k")}
     return root, catalogue, truth
 
 
@@ -90,6 +91,38 @@ def test_one_training_step_on_a_fetched_data_set_moves_every_weight(world, name)
     assert all(not torch.equal(before[key], value) for key, value in model.named_parameters())
 
 
+def test_ade20k_is_fetched_checked_read_and_trained_on_for_one_step(world, tmp_path):
+    import torch
+
+    from tests.small import ARCHITECTURE, KWARGS, build
+    from tocom.models import save_model
+    from tocom.segmentation.data import prepare
+    from tocom.segmentation.data import load as load_prepared
+    from tocom.segmentation.model import load as load_segmenter
+    from tocom.segmentation.settings import SegmentationSizes, SegmentationTraining
+    from tocom.segmentation.stage import train
+
+    root, catalogue, truth = world
+    assert check("ade20k", root, catalogue).count == 2 * 24 + 2 * 12 + 1
+    prepare("ade20k", tmp_path / "task", 32, SegmentationSizes(val=8), root / "ade20k")
+    splits = load_prepared(tmp_path / "task").splits
+    assert sorted(path.stem for split in ("train", "val") for path in splits[split].images) == truth["ade20k"]["train"]
+    assert [path.stem for path in splits["test"].images] == truth["ade20k"]["test"]
+    for index in range(12):
+        image, labels = splits["test"][index]
+        assert (labels[:, :14] == layouts.label_of(image[:, :, :14])).all()
+        assert (labels[:, 18:] == 255).all()
+    save_model(tmp_path / "backbone", build(), ARCHITECTURE, KWARGS)
+    heads = []
+    for epochs in (1, 2):  # 16 images: one step an epoch
+        settings = SegmentationTraining(epochs=epochs, batch_size=16, lr=1e-2, device="cpu")
+        path = tmp_path / f"{epochs}.safetensors"
+        train(tmp_path / "backbone", tmp_path / "task", path, 0, 0, settings=settings)
+        heads.append(load_segmenter(path)[0].head.weight)
+    assert all(torch.isfinite(head).all() for head in heads)
+    assert not torch.equal(*heads)
+
+
 def test_every_family_is_tested_and_every_entry_has_a_reader():
     entries = read_catalogue(None)
     assert set(FAMILIES) <= {entry.family for entry in entries.values()}
@@ -115,12 +148,77 @@ def test_a_data_set_that_was_not_fetched_is_refused_with_the_command_that_fetche
         load_listing("cub200", tmp_path)
 
 
-def test_a_label_beyond_the_catalogues_classes_is_refused(world, tmp_path):
+def test_another_number_of_classes_than_the_catalogues_is_refused(world, tmp_path):
     root, catalogue, _ = world
-    fewer = tmp_path / "fewer.yaml"
-    fewer.write_text(catalogue.read_text().replace("classes: 4", "classes: 3"))
+    other = tmp_path / "other.yaml"
+    other.write_text(catalogue.read_text().replace("classes: 4", "classes: 3"))
+    with pytest.raises(TocomError, match=r"holds 4 classes, not the 3 of cub200"):
+        load("cub200", root, other)
     with pytest.raises(TocomError, match=r"outside 0\.\.2"):
-        load("cub200", root, fewer)
+        load("vtab.dtd", root, other)
+    other.write_text(catalogue.read_text().replace("classes: 4", "classes: 5"))
+    assert load("vtab.dtd", root, other).classes == 5  # its lists need not show all classes
+    with pytest.raises(TocomError, match=r"holds 4 classes, not the 5 of imagenet1k"):
+        load("imagenet1k", root, other)
+
+
+# --- registered where it lies
+
+
+@pytest.fixture
+def mine(copy, tmp_path, world):
+    """Return a function that registers a folder as a data set, and the catalogue's path."""
+
+    def register(name: str, folder: Path) -> Path:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            return fetch(name, tmp_path / "data", world[1], source=folder)
+
+    return register
+
+
+@pytest.mark.parametrize("name", (*NAMES, "ade20k"))
+def test_what_is_unpacked_already_is_read_and_registered(copy, mine, name):
+    folder = copy(name)
+    assert mine(name, folder) == folder
+
+
+@pytest.mark.parametrize("name", (*NAMES, "ade20k"))
+def test_a_folder_with_anything_else_is_not_registered(mine, tmp_path, name):
+    downloads = tmp_path / "downloads"
+    downloads.mkdir()
+    (downloads / "CUB_200_2011 (1).tgz").write_bytes(b"an archive by another name")
+    (downloads / "paper.pdf").write_bytes(b"%PDF")
+    with pytest.raises(TocomError, match=f"downloads is not {name} as it is unpacked, nor does it hold ") as caught:
+        mine(name, downloads)
+    assert "\n" not in str(caught.value)
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_an_imagenet_without_some_class_folders_is_not_registered(copy, mine):
+    folder = copy("imagenet1k")
+    for split in ("train", "val"):
+        shutil.rmtree(folder / split / layouts.WNIDS[1])
+    with pytest.raises(TocomError, match="holds 3 classes, not the 4 of imagenet1k"):
+        mine("imagenet1k", folder)
+
+
+def test_of_vtab_the_tasks_that_are_there_are_registered_and_others_named_with_what_builds_them(copy, tmp_path):
+    folder = copy("vtab.dtd")
+    (tmp_path / "vtab").mkdir()
+    folder.rename(tmp_path / "vtab" / "dtd")
+    for wrong, message in ((tmp_path / "vtab" / "dtd", "is that of one task"), (Path(layouts.__file__).parent, "none")):
+        with pytest.raises(TocomError, match=message):
+            fetch("vtab-1k", tmp_path / "data", source=wrong)
+    with pytest.warns(UserWarning, match="not VTAB-1k's"):
+        fetch("vtab-1k", tmp_path / "data", source=tmp_path / "vtab")
+    with pytest.raises(TocomError) as caught:
+        load_listing("vtab.cifar", tmp_path / "data")
+    assert "holds no cifar/train800.txt (`tocom data build-vtab cifar` builds it)" in str(caught.value)
+    assert "delete" not in str(caught.value)
+    (tmp_path / "vtab" / "dtd" / vtab.LISTS["val"]).unlink()
+    with pytest.raises(TocomError, match=r"val200\.txt is missing; mend the folder or, if it was downloaded, run"):
+        fetch("vtab-1k", tmp_path / "data", source=tmp_path / "vtab", force=True)
 
 
 def read(name: str, folder: Path):
@@ -408,6 +506,18 @@ def test_an_interrupted_unpacking_goes_on_where_it_was(parquet, tmp_path, monkey
     assert seen[2:] == seen[1:2] + ["train-00002-of-00003.parquet", "validation-00000-of-00001.parquet"]
     assert len(imagenet.listing(tmp_path / "out", "imagenet1k").splits["train"]) == 20
     assert not list((tmp_path / "out" / "train").rglob(".*"))
+
+
+def test_a_full_disk_while_unpacking_leaves_only_whole_images_and_the_same_call_goes_on(parquet, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    write_shards(parquet, "validation", [layouts.picture(0, 0), layouts.encode(noise, "PNG")], [0, 1], 1)  # 120 kB
+    with file_limit(50_000), pytest.raises(TocomError, match="cannot write .*free some space or choose another folder"):
+        imagenet.unpack_parquet(parquet, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    names = [path.name for path in (tmp_path / "out.part" / "val").rglob("*") if path.is_file()]
+    assert names == ["validation-00000-of-00001-000000.JPEG"]
+    imagenet.unpack_parquet(parquet, tmp_path / "out")
+    assert len(imagenet.listing(tmp_path / "out", "imagenet1k").splits["test"]) == 2
 
 
 def test_missing_or_broken_shards_are_refused(parquet, tmp_path):

@@ -249,6 +249,17 @@ def test_an_institutions_mirror_is_tried_first(root, tmp_path, archive_only, mir
     assert mirrors[0].requests() == []
 
 
+@pytest.mark.parametrize("how", ["argument", "environment"])
+def test_a_mirror_that_is_no_url_is_refused_before_anything_is_tried(root, archive_only, mirrors, monkeypatch, how):
+    if how == "environment":
+        monkeypatch.setenv("TOCOM_MIRROR", "mirror.example.org/data")
+    mirror = "mirror.example.org/data" if how == "argument" else None
+    message = failure("pets", root, archive_only, mirror=mirror)
+    assert message.startswith("the mirror 'mirror.example.org/data' is not a URL; write https://")
+    assert not root.exists()
+    assert mirrors[0].requests() == []
+
+
 def test_a_folder_can_be_a_mirror(root, tmp_path, archive_only, mirrors):
     (tmp_path / "a b" / "pets").mkdir(parents=True)
     (mirrors[0].folder / "pets.tgz").rename(tmp_path / "a b" / "pets" / "pets.tgz")
@@ -689,6 +700,45 @@ def test_an_unpacked_folder_is_registered_where_it_lies(root, tmp_path, archive_
     mine.rename(tmp_path / "moved")
     with pytest.raises(TocomError, match="was registered as 'pets', is not there; mount it"):
         folder_of("pets", root, archive_only)
+
+
+def test_a_copy_of_ones_own_that_is_not_used_is_said(root, tmp_path, archive_only, caplog):
+    for name in ("mine", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.jpg").write_bytes(b"123")
+    fetch("pets", root, archive_only, source=tmp_path / "mine")
+    fetch("pets", root, archive_only, source=tmp_path / "mine")
+    assert caplog.records == []
+    assert fetch("pets", root, archive_only, source=tmp_path / "other") == tmp_path / "mine"
+    warning = f"pets is there already, so --from {tmp_path / 'other'} was not used; --force replaces it"
+    assert [record.message for record in caplog.records] == [warning]
+    assert fetch("pets", root, archive_only, source=tmp_path / "other", force=True) == tmp_path / "other"
+
+
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_link_in_place_of_the_data_set_is_replaced_if_forced_and_what_it_leads_to_stays(
+    root, tmp_path, archive_only, dangling
+):
+    root.mkdir()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / "mine.txt").write_text("mine")
+    (root / "pets").symlink_to(tmp_path / ("gone" if dangling else "disk"))
+    assert "was not made by `tocom data fetch`; move it away" in failure("pets", root, archive_only)
+    for _ in range(2):
+        fetch("pets", root, archive_only, force=True, patience=QUICK)
+        assert without_records(root / "pets") == CONTENT
+        assert not (root / "pets").is_symlink()
+        assert [path.name for path in root.iterdir()] == ["pets"]
+    assert contents(tmp_path / "disk") == {"mine.txt": b"mine"}
+
+
+def test_a_link_that_an_earlier_run_could_not_remove_is_cleared(root, tmp_path, archive_only):
+    root.mkdir()
+    (root / ".pets.old").symlink_to(tmp_path)
+    (root / "pets").mkdir()
+    fetch("pets", root, archive_only, force=True, patience=QUICK)
+    assert [path.name for path in root.iterdir()] == ["pets"]
+    assert tmp_path.is_dir()
 
 
 def test_a_data_set_behind_a_form_says_what_to_download_by_hand(root, tmp_path, mirrors):

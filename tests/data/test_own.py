@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 from pydantic import ValidationError
 
+from tests.data.disk import file_limit
 from tocom.config import TaskEntry, parse_study
 from tocom.data.listing import Items, Listing
 from tocom.data.own import OwnOptions, OwnSource, read_own
@@ -159,6 +160,14 @@ def test_a_damaged_folder_is_refused(pets, damage, match):
     refuse(entry("pets"), match=match)
 
 
+def test_a_folder_whose_splits_are_the_same_images_by_links_is_refused(pets):
+    (pets / "val").symlink_to("train")
+    refuse(entry("pets"), match=r"val/cat/a.BMP is in train and in val \(once as data/pets/train/cat/a.BMP\)")
+    (pets / "val").unlink()
+    (pets / "train/cat/z.png").symlink_to("b.png")
+    refuse(entry("pets"), match=r"train/cat/z.png is in train twice \(once as data/pets/train/cat/b.png\)")
+
+
 # --- CSV ------------------------------------------------------------------------------------------------------------
 
 BIRDS = "path,label,split\nphotos/a.png,wren,train\nphotos/b.png,robin,train\nphotos/c.png,wren,test\n"
@@ -216,7 +225,13 @@ def test_a_csv_for_each_split_with_columns_of_other_names(birds):
         ("robin,train", "robin", "row 2 below the header has no split"),
         ("wren,test", "wren,train", "no rows of the test split"),
         ("photos/b", "photos/x", r"there is no file data/photos/x.png; paths are relative to data, .*root"),
-        ("photos/c", "photos/a", "photos/a.png is in train and in test"),
+        ("photos/c", "photos/a", "photos/a.png is in train and in test; keep one"),
+        (
+            "photos/c",
+            "photos/../photos/a",
+            r"photos/../photos/a.png is in train and in test \(once as .*photos/a.png\)",
+        ),
+        ("photos/b", "photos/a", "photos/a.png is in train twice; keep one"),
         (BIRDS, "", "not a readable CSV"),
         (BIRDS, "path,label,split\n", "no rows of the train split"),
     ],
@@ -225,6 +240,14 @@ def test_a_damaged_csv_is_refused(birds, old, new, match):
     assert old in BIRDS
     birds.write_text(BIRDS.replace(old, new))
     refuse(entry("birds"), match=match)
+
+
+def test_an_absolute_path_or_a_link_does_not_hide_that_a_file_is_in_two_splits(birds):
+    birds.write_text(BIRDS.replace("photos/c.png", str(birds.parent / "photos/b.png")))
+    refuse(entry("birds"), match="b.png is in train and in test")
+    (birds.parent / "photos/link.png").symlink_to("b.png")
+    birds.write_text(BIRDS.replace("photos/c.png", "photos/link.png"))
+    refuse(entry("birds"), match="link.png is in train and in test")
 
 
 def test_a_csv_that_is_missing_or_no_text_is_refused(birds):
@@ -252,6 +275,19 @@ def test_numbers_are_kept_and_must_count_from_zero_unless_the_number_of_classes_
     refuse(source | {"classes": 2}, match=r"label of the test split lies outside 0\.\.1")
     refuse(numbered(birds, (-1, 0), 0), match="label -1 is negative")
     refuse(numbered(birds, (-1, 0), 0) | {"classes": 2}, match="outside")
+
+
+@pytest.mark.parametrize(
+    ("train", "match"),
+    [
+        ((0, 300_000_000), "no training image has label 1; number classes"),
+        ((0, 10**20), r"100000000000000000\.\.\. is no label; number classes"),
+        (("0", "00"), "labels '0' and '00' are one number"),
+        ((0, "-0"), "labels '-0' and '0' are one number"),
+    ],
+)
+def test_numbers_that_cannot_be_labels_are_refused_at_once(birds, train, match):
+    refuse(numbered(birds, train, 0), match=match)
 
 
 # --- Hugging Face Hub -----------------------------------------------------------------------------------------------
@@ -309,6 +345,44 @@ def test_parts_of_splits_by_the_page_as_written(hub, here):
     listing = read_own("hub", OwnSource(**source), here / "cache")
     assert {split: len(items) for split, items in listing.splits.items()} == {"train": 18, "val": 2, "test": 4}
     assert np.asarray(Image.open(listing.splits["val"].files[0]))[0, 0].tolist() == [180] * 3
+
+
+@pytest.mark.parametrize(
+    "splits",
+    [
+        {"train": "train", "test": "train"},
+        {"train": "train", "val": "test", "test": "test"},
+        {"train": "train[:90%]", "val": "train[50%:]", "test": "test"},
+        {"train": "train[:10]", "test": "train[-11:]"},
+        {"train": "train", "test": "test+train[:1]"},
+        {"train": "train+train", "test": "test"},
+    ],
+)
+def test_parts_of_splits_that_share_images_are_refused(hub, here, splits):
+    hub()
+    refuse(entry("hub_offline") | {"splits": splits}, here / "cache", "share images; take parts that do not overlap")
+    assert not (here / "cache").exists()
+
+
+def test_parts_of_splits_that_touch_are_fine(hub, here):
+    hub()
+    splits = {"train": "train[:10]", "val": "train[10:15]", "test": "train[-5:]+test"}
+    listing = read_own("hub", OwnSource(**entry("hub_offline"), splits=splits), here / "cache")
+    assert [len(items) for items in listing.splits.values()] == [10, 5, 9]
+
+
+def test_a_disk_that_fills_up_during_an_export_leaves_only_whole_images_and_the_next_run_goes_on(hub, here):
+    from tocom.data import own
+
+    noise = np.random.default_rng(0).integers(0, 256, (120, 120, 3), dtype=np.uint8)  # 43 kB
+    hub(img=lambda i: Image.fromarray(noise if i == 3 else noise[:9, :9]))
+    source = OwnSource(**entry("hub_offline"))
+    own._load_hub(source, "the library's own cache is on another disk")
+    with file_limit(20_000), pytest.raises(TocomError, match="cannot write .*free some space or choose another folder"):
+        read_own("hub", source, here / "cache")
+    files = [path for path in (here / "cache").rglob("*") if path.is_file()]
+    assert sorted(path.name for path in files) == [f"{number:08d}.png" for number in range(3)]
+    assert len(read_own("hub", source, here / "cache").splits["train"]) == 20
 
 
 def test_an_interrupted_export_goes_on_where_it_was(hub, here, monkeypatch):
@@ -457,6 +531,17 @@ def test_a_function_may_return_paths_and_names(module, here):
     assert list(listing.splits) == ["train", "test"]
     assert listing.splits["train"].files == (Path("a.png"), Path("b.png"))
     assert listing.splits["train"].labels.tolist() == [1, 0]
+
+
+def test_a_file_that_a_function_gives_twice_is_refused(module, here):
+    for name in "abc":
+        draw(here / f"{name}.png")
+    source = module("def load():\n return {'train': (['a.png', './b.png'], [0, 1]), 'test': (['b.png'], [1])}")
+    refuse(source, match="b.png is in train and in test")
+    text = "from pathlib import Path\nfrom tocom.data.listing import Items, Listing\nimport numpy as np\n"
+    text += "a, b = Path('a.png'), Path('b.png')\ndef items(*files): return Items(np.zeros(len(files), int), files)\n"
+    text += "def load(): return Listing(1, 'g', 's', {'train': items(a, a), 'test': items(b)})"
+    refuse(module(text), match="a.png is in train twice")
 
 
 def test_a_listing_is_taken_as_it_is(module, monkeypatch):

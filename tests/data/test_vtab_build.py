@@ -1,5 +1,7 @@
 """Every task of VTAB-1k, built from a small copy of its source in the source's own layout."""
 
+import gzip
+import hashlib
 import json
 import struct
 import tarfile
@@ -16,8 +18,11 @@ from PIL import Image
 from scipy.io import savemat
 
 from tests.data import layouts
+from tests.data.disk import file_limit
 from tests.data.layouts import draw, encode, picture
+from tests.data.server import serve
 from tocom.data import vtab_build
+from tocom.data.catalogue import BUNDLED
 from tocom.data.families import vtab
 from tocom.data.fetch import fetch
 from tocom.data.vtab_build import TASKS, build
@@ -243,7 +248,7 @@ SHOWS = {
 #: Sizes of test splits: the official ones, or the share that VTAB takes.
 TESTS = {
     "caltech101": 15,
-    "sun397": 8,
+    "sun397": 7,
     "patch_camelyon": 16,
     "eurosat": 8,
     "resisc45": 8,
@@ -379,6 +384,17 @@ def test_caltech_trains_on_thirty_of_each_class(world):
     assert np.bincount([pools["train"].get(index)[1] for index in range(90)]).tolist() == [30, 30, 30]
 
 
+def test_sun397_has_as_many_images_in_its_parts_as_in_the_catalogue(monkeypatch, tmp_path):
+    from tocom.data.catalogue import read_catalogue
+
+    entries, pool = read_catalogue(BUNDLED), vtab_build.Pool(108_754, lambda index: index)
+    monkeypatch.setattr(vtab_build, "_torchvision", lambda *args, **options: None)
+    monkeypatch.setattr(vtab_build, "_paths", lambda dataset: pool)
+    pools = vtab_build.sun397(tmp_path)
+    assert f"{pools['test'].n:,} test" in entries["vtab.sun397"].split
+    assert {split: part.n for split, part in pools.items()} == {"val": 10_875, "test": 21_750, "train": 76_129}
+
+
 def test_too_few_images_are_refused_and_leave_nothing(world, tmp_path):
     root, catalogue = world("dtd")
     with pytest.raises(TocomError, match="source.dtd has 24 images to draw 800 to train on"):
@@ -397,11 +413,78 @@ def test_a_task_that_exists_is_not_overwritten(world, tmp_path):
         make(world, "dtd", tmp_path)
 
 
+@pytest.mark.parametrize("where", ["an image", "a list"])
+def test_a_full_disk_during_a_build_leaves_nothing(world, tmp_path, where, monkeypatch):
+    # The lists become long by the names: 12 lines of 200 characters and more.
+    content, ending, limit = (bytes(50_000), ".jpg", 20_000) if where == "an image" else (b"", "." + 200 * "x", 2400)
+    monkeypatch.setattr(vtab_build, "_encode", lambda image: (content, ending))
+    world("dtd")
+    with (
+        file_limit(limit),
+        pytest.raises(TocomError, match="cannot write .*too large; free some space or choose another folder"),
+    ):
+        make(world, "dtd", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_an_interrupted_build_leaves_nothing(world, tmp_path, monkeypatch):
     monkeypatch.setattr(vtab_build, "_encode", lambda image: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(TocomError, match="No space left.*free some space"):
         make(world, "dtd", tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+#: Archives of the public sources: what each is made of, as (folder of the small copy, folder in the archive).
+ARCHIVES = {
+    "caltech101": {"caltech-101.zip": ("caltech-101", "caltech-101")},
+    "dtd": {"dtd-r1.0.1.tar.gz": ("dtd/dtd", "dtd")},
+    "oxford_iiit_pet": {
+        "images.tar.gz": ("oxford-iiit-pet/images", "images"),
+        "annotations.tar.gz": ("oxford-iiit-pet/annotations", "annotations"),
+    },
+    "sun397": {"SUN397.tar.gz": ("SUN397", "SUN397")},
+    "eurosat": {"EuroSAT.zip": ("eurosat/2750", "2750")},
+    "resisc45": {"NWPU-RESISC45.zip": ("NWPU-RESISC45", "NWPU-RESISC45")},
+    "clevr_count": {"CLEVR_v1.0.zip": ("clevr/CLEVR_v1.0", "CLEVR_v1.0")},
+    "kitti": {
+        "data_object_image_2.zip": ("Kitti/raw/training/image_2", "training/image_2"),
+        "data_object_label_2.zip": ("Kitti/raw/training/label_2", "training/label_2"),
+        "devkit_object.zip": ("devkit/mapping", "mapping"),
+    },
+    "dmlab": {"dmlab.tar.gz": (".", ".")},
+}
+
+
+@pytest.mark.parametrize("task", [*ARCHIVES, "svhn", "smallnorb_azi"])
+def test_a_source_is_fetched_by_its_bundled_entry_and_unpacked_where_the_builder_looks(tmp_path, task):
+    """Only addresses, checksums and sizes are those of the small copies; names and folders are the catalogue's."""
+    name, _ = TASKS[task]
+    copy, served = tmp_path / "copy", tmp_path / "served"
+    SOURCES[name](copy)
+    served.mkdir()
+    bundled = yaml.safe_load(BUNDLED.read_text())[name]
+    for file in bundled["files"]:
+        if task in ARCHIVES:
+            place, inside = ARCHIVES[task][file["name"]]
+            found = [path for path in sorted((copy / place).rglob("*")) if path.is_file()]
+            members = {str(Path(inside) / path.relative_to(copy / place)): path.read_bytes() for path in found}
+            write = layouts.write_zip if file["name"].endswith(".zip") else layouts.write_tar
+            write(served / file["name"], members)
+        else:
+            plain = copy / file["name"].removesuffix(".gz")
+            content = plain.read_bytes() if plain.is_file() else b"categories, which no task needs"
+            content = gzip.compress(content) if file["name"].endswith(".gz") else content
+            (served / file["name"]).write_bytes(content)
+        content = (served / file["name"]).read_bytes()
+        file["checksum"], file["size"] = f"sha256:{hashlib.sha256(content).hexdigest()}", len(content)
+    with serve(served) as server:
+        for file in bundled["files"]:
+            file["urls"] = [server.url(file["name"])]
+        catalogue = tmp_path / "catalogue.yaml"
+        catalogue.write_text(yaml.safe_dump({name: bundled | {"unpacked_mb": 20}}))
+        fetch(name, tmp_path / "data", catalogue)
+    listing = read(build(task, tmp_path / "data", tmp_path / "out", sizes=SIZES, catalogue=catalogue).parent, task)
+    assert len(listing.splits["test"]) == TESTS.get(task, 12)
 
 
 @pytest.mark.parametrize(

@@ -36,12 +36,26 @@ def with_profile(folder, name, *words, **environment):
     return result.stdout + result.stderr
 
 
+#: Copies its last argument but one to its last.
+RSYNC = """#!/bin/sh
+while [ $# -gt 2 ]; do shift; done
+exec cp -RLp "$1" "$2"
+"""
+
+
+def program(folder, name, text):
+    """Write a program that stands in for a real one; return the environment in which it is found first."""
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(text)
+    (folder / name).chmod(0o755)
+    return {"PATH": f"{folder}{os.pathsep}{ENVIRONMENT['PATH']}"}
+
+
 def storage(folder):
-    """Return options for a storage that is a folder, in place of one on the network."""
+    """Return options, and an environment, for a storage that is a folder, in place of one on the network."""
     pytest.importorskip("snakemake_storage_plugin_fs")
-    if not shutil.which("rsync"):
-        pytest.skip("the folder storage copies with rsync, which is not installed")
-    return "--default-storage-provider", "fs", "--default-storage-prefix", folder / "storage"
+    options = "--default-storage-provider", "fs", "--default-storage-prefix", folder / "storage"
+    return options, program(folder / "bin", "rsync", RSYNC)  # the folder storage copies with rsync
 
 
 def test_there_is_a_profile_for_each_kind_of_machine():
@@ -100,7 +114,8 @@ def test_the_small_study_is_planned_alike_with_every_profile(profile, tmp_path):
 def test_with_kubernetes_every_path_of_a_command_is_one_that_storage_fills(tmp_path):
     pytest.importorskip("snakemake_executor_plugin_kubernetes")
     folder = workplace(tmp_path)
-    printed = with_profile(folder, "kubernetes", "--configfile", TINY, "--dry-run", *storage(tmp_path))
+    options, environment = storage(tmp_path)
+    printed = with_profile(folder, "kubernetes", "--configfile", TINY, "--dry-run", *options, **environment)
     commands = re.findall(r"^Shell command: (tocom .*)$", printed, re.MULTILINE)
     assert len(commands) == jobs(printed)["total"] - 1  # `all` has none
     copies = f".snakemake/storage/fs{tmp_path}/storage/"
@@ -163,11 +178,12 @@ def test_kubernetes_is_asked_for_a_pod_whose_gpus_are_limits_too(kubernetes, tmp
         'rule one:\n    output: "one"\n    threads: 4\n'
         '    resources: gpu=2, mem_mb=3000, runtime=10\n    shell: "touch {output}"\n'
     )
-    words = ["--workflow-profile", "profiles/kubernetes", "--retries", "0", "--latency-wait", "1", *storage(tmp_path)]
+    options, environment = storage(tmp_path)
+    words = ["--workflow-profile", "profiles/kubernetes", "--retries", "0", "--latency-wait", "1", *options]
     result = subprocess.run(
         [sys.executable, "-m", "snakemake", *map(str, words)],
         cwd=tmp_path,
-        env=ENVIRONMENT | {"KUBECONFIG": str(tmp_path / "kubeconfig")},
+        env=ENVIRONMENT | environment | {"KUBECONFIG": str(tmp_path / "kubeconfig")},
         capture_output=True,
         text=True,
         timeout=300,
@@ -185,9 +201,6 @@ def test_kubernetes_is_asked_for_a_pod_whose_gpus_are_limits_too(kubernetes, tmp
 
 def test_on_a_workstation_jobs_at_the_same_time_have_different_gpus(tmp_path):
     shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho GPU-a\necho GPU-b\n")
-    (tmp_path / "bin" / "nvidia-smi").chmod(0o755)
     (tmp_path / "locks").mkdir()
     work = (
         "import os, sys, time; begin = time.time(); time.sleep(2);"
@@ -198,11 +211,8 @@ def test_on_a_workstation_jobs_at_the_same_time_have_different_gpus(tmp_path):
         'rule one:\n    output: "{n}"\n    resources: gpu=1\n'
         f"    shell: {f'{sys.executable} -m tocom.gpus -- {sys.executable} -c {chr(34)}{work}{chr(34)} {{output}}'!r}\n"
     )
-    environment = {
-        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{ENVIRONMENT['PATH']}",
-        "TMPDIR": str(tmp_path / "locks"),
-        "PYTHONPATH": str(ROOT),
-    }
+    environment = program(tmp_path / "bin", "nvidia-smi", "#!/bin/sh\necho GPU-a\necho GPU-b\n")
+    environment |= {"TMPDIR": str(tmp_path / "locks"), "PYTHONPATH": str(ROOT)}
     with_profile(tmp_path, "workstation", "--cores", 4, "--resources", "gpu=2", "mem_mb=1000", **environment)
     runs = [(tmp_path / str(number)).read_text().split() for number in range(4)]
     assert {gpu for gpu, *_ in runs} == {"GPU-a", "GPU-b"}

@@ -169,7 +169,7 @@ def fetch(
         catalogue: as read, or its path; by default, see :func:`tocom.data.catalogue.read_catalogue`.
         mirror: base URL that is tried first, as MIRROR/NAME/FILE; by default what TOCOM_MIRROR says.
         source: a local folder that has (some of) its files, or one such file, which are then taken from there; or a
-            folder that has it unpacked, which is registered where it lies and not copied.
+            folder that has it unpacked, which is read once, registered where it lies, and not copied.
         force: fetch it again, and replace what is there.
         keep_archives: keep archives under root/.archives/NAME.
 
@@ -184,17 +184,19 @@ def fetch(
     name = owner_of(name, entries)
     entry = entries[name]
     root = Path(root)
+    mirror = _checked_mirror(mirror or os.environ.get("TOCOM_MIRROR"))
     leftovers = (_download_folder(root, name), _staging_folder(root, name), _old_folder(root, name))
-    if not force and _is_complete(name, root, entry) and not any(path.exists() for path in leftovers):
+    if not force and _is_complete(name, root, entry) and not any(os.path.lexists(path) for path in leftovers):
+        _warn_of_unused(source, name, root)
         return folder_of(name, root, entries)
     try:
         root.mkdir(parents=True, exist_ok=True)
         with _alone(name, root):
             _clear_killed(name, root, entry)
             if force or not _is_complete(name, root, entry):  # another process may have fetched it meanwhile
-                job = _Job(name, entry, root, mirror or os.environ.get("TOCOM_MIRROR"), source, keep_archives, patience)
-                job.run()
+                _Job(name, entries, root, mirror, source, keep_archives, patience).run()
             else:
+                _warn_of_unused(source, name, root)
                 shutil.rmtree(_download_folder(root, name), ignore_errors=True)
     except OSError as error:
         raise TocomError(
@@ -204,9 +206,27 @@ def fetch(
     return folder_of(name, root, entries)
 
 
+def _checked_mirror(mirror: str | None) -> str | None:
+    if mirror and not mirror.startswith(("https://", "http://", "file:///")):
+        raise TocomError(f"the mirror {mirror!r} is not a URL; write https://, http:// or file:/// before it")
+    return mirror
+
+
+def _warn_of_unused(source: str | os.PathLike | None, name: str, root: Path) -> None:
+    """Say that --from changes nothing, unless that folder is the one that is registered."""
+    record = read_record(root / name)
+    if source is not None and record.folder != str(Path(source).absolute()):
+        _log.warning("%s is there already, so --from %s was not used; --force replaces it", name, source)
+
+
 def _is_occupied(folder: Path) -> bool:
     """Return whether something is there; an empty folder, as a workflow makes for the files of a job, is nothing."""
-    return folder.exists() and not (folder.is_dir() and not any(folder.iterdir()))
+    return folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir())))
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder with all it holds, or a file or link, and not what a link leads to."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
 
 
 def _is_complete(name: str, root: Path, entry: DataSet) -> bool:
@@ -247,11 +267,10 @@ def _alone(name: str, root: Path) -> Iterator[None]:
 def _clear_killed(name: str, root: Path, entry: DataSet) -> None:
     """Remove what a killed run left, other than what can be resumed."""
     target, old = root / name, _old_folder(root, name)
-    if old.exists() and not target.exists():
+    if os.path.lexists(old) and not os.path.lexists(target):
         old.rename(target)  # killed between the two renames that replace it
     for leftover in (_staging_folder(root, name), old):
-        if leftover.exists():
-            shutil.rmtree(leftover)
+        _remove(leftover)
     known = {name for f in entry.files for name in (f.name, part_name(f), part_name(f) + TAG)}
     download = _download_folder(root, name)
     for path in download.iterdir() if download.exists() else ():
@@ -264,12 +283,17 @@ class _Job:
     """One run of :func:`fetch`."""
 
     name: str
-    entry: DataSet
+    catalogue: Catalogue
     root: Path
     mirror: str | None
     source: str | os.PathLike | None
     keep_archives: bool
     patience: Patience
+
+    @property
+    def entry(self) -> DataSet:
+        """What the catalogue says of it."""
+        return self.catalogue[self.name]
 
     def run(self) -> None:
         """Leave a complete data set in place, or raise and leave no more than the module's text says."""
@@ -430,18 +454,25 @@ class _Job:
     def _put_in_place(self, staging: Path) -> None:
         target = self.root / self.name
         old = _old_folder(self.root, self.name)
-        if target.exists():
+        if os.path.lexists(target):
             target.rename(old)
         staging.rename(target)
-        if old.exists():
-            shutil.rmtree(old)
+        _remove(old)
 
     def _register(self, source: Path) -> None:
-        """Note where an unpacked data set lies; nothing is copied."""
+        """Note where an unpacked data set lies, if it is one; nothing is copied."""
+        from tocom.data.families import check_layout
+
         source = source.absolute()
         files = _files_below(source)
         if not files:
             raise TocomError(f"--from {source} holds no files; give the folder that holds {self.name}")
+        try:
+            check_layout(self.name, source, self.catalogue)
+        except TocomError as error:
+            names = ", ".join(file.name for file in self.entry.files)
+            archives = f", nor does it hold {names}" if names else ""
+            raise TocomError(f"--from {source} is not {self.name} as it is unpacked{archives}: {error}") from None
         size = sum(path.stat().st_size for path in files)
         record = Record(data_set=self.name, count=len(files), bytes=size, folder=str(source))
         with self._staging() as staging:

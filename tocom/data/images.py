@@ -16,21 +16,29 @@ from tocom.errors import TocomError
 Resize = Literal["crop", "squash"]
 #: Shorter side before the centre crop, over the side of the crop.
 CROP_RATIO = 256 / 224
+#: Formats whose endings Pillow knows, but that it only writes, or only recognises.
+_NOT_READ = {"BUFR", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
 
 
 def open_image(path: str | os.PathLike):
-    """Read an image file as a PIL image in RGB.
+    """Read an image file as a PIL image in RGB; 16 bits of grey become 8.
 
     Raises:
-        TocomError: it is missing, or not an image that Pillow can read.
+        TocomError: it is missing, not an image that Pillow can read, or its pixels have no known range.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise TocomError(f"{path} is not a readable image ({error}); remove or replace it") from None
+            image.load()
+            if image.mode.startswith("I;16"):  # convert() would clip to 255, which leaves white
+                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+            if image.mode not in ("I", "F"):
+                return image.convert("RGB")
+    except Exception as error:  # the readers of damaged files have no common base for their errors
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise TocomError(f"{path} is not a readable image ({reason}); remove or replace it") from None
+    raise TocomError(f"{path} has pixels of 32 bits, whose range is not known; save it with 8 bits a channel")
 
 
 def fit_size(image, size: int, resize: Resize = "crop") -> np.ndarray:
@@ -66,8 +74,8 @@ def decode(images: Sequence[Path] | np.ndarray, size: int, resize: Resize = "cro
 
 
 def image_files(folder: str | os.PathLike) -> list[Path]:
-    """Return every image file anywhere below a folder, sorted; by the endings that Pillow knows."""
+    """Return every image file anywhere below a folder, sorted; by the endings that Pillow reads."""
     from PIL import Image
 
-    endings = Image.registered_extensions()
+    endings = {ending for ending, format_ in Image.registered_extensions().items() if format_ not in _NOT_READ}
     return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in endings)

@@ -11,7 +11,9 @@ import hashlib
 import importlib
 import inspect
 import io
+import itertools
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -167,15 +169,27 @@ def _encode(labels: Mapping[str, Sequence], where: str) -> tuple[dict[str, np.nd
             raise TocomError(f"{where}: labels of the {split} split are not all whole numbers or all names; mend them")
     known = sorted({str(label) for array in arrays.values() for label in np.unique(array)})
     if all(re.fullmatch(r"-?[0-9]+", label) for label in known):
+        _check_spelling(known, where)
         return {split: array.astype(np.int64) for split, array in arrays.items()}, None
     return {split: np.searchsorted(known, array).astype(np.int64) for split, array in arrays.items()}, known
 
 
+def _check_spelling(numbers: Sequence[str], where: str) -> None:
+    """Refuse numbers that are too long to be class indices, and two spellings of one number, such as 0 and 00."""
+    spelled: dict[int, str] = {}
+    for text in numbers:
+        if len(text) > 18:
+            raise TocomError(f"{where}: {text[:18]}... is no label; number classes from 0 without gaps, or use names")
+        if spelled.setdefault(int(text), text) != text:
+            raise TocomError(f"{where}: labels {spelled[int(text)]!r} and {text!r} are one number; write it one way")
+
+
 def _check_numbering(train: np.ndarray, where: str) -> None:
     """Refuse class indices that do not count from 0 without gaps; usually they count from 1."""
-    absent = sorted(set(range(int(train.max()) + 1)) - set(np.unique(train).tolist()))
-    if train.min() < 0 or absent:
-        odd = f"label {int(train.min())} is negative" if train.min() < 0 else f"no training image has label {absent[0]}"
+    found = np.unique(train)
+    absent = np.flatnonzero(found != np.arange(len(found)))
+    if len(absent):
+        odd = f"label {found[0]} is negative" if found[0] < 0 else f"no training image has label {absent[0]}"
         raise TocomError(f"{where}: {odd}; number classes from 0 without gaps, use names, or state `classes: N`")
 
 
@@ -197,13 +211,21 @@ def _check_files(files: Sequence[Path], where: str, hint: str) -> None:
         raise TocomError(f"{where}: there is no file {missing[0]}{more}; {hint}")
 
 
-def _check_disjoint(files: Mapping[str, Sequence[Path]], where: str) -> None:
-    """Refuse a file that is in two splits: it would be tested on what it was trained on."""
-    seen: dict[Path, str] = {}
+def _check_once(files: Mapping[str, Sequence[Path]], where: str) -> None:
+    """Refuse a file that is there twice, by whatever path or link.
+
+    In two splits, it would be tested on what it was trained on; twice in train, some of it might be drawn for val.
+    """
+    seen: dict[str, tuple[str, Path]] = {}
     for split, paths in files.items():
         for path in paths:
-            if seen.setdefault(path, split) != split:
-                raise TocomError(f"{where}: {path} is in {seen[path]} and in {split}; keep it in one of them")
+            real = os.path.realpath(path)
+            if real in seen:
+                earlier, alias = seen[real]
+                places = f"in {split} twice" if earlier == split else f"in {earlier} and in {split}"
+                also = "" if alias == path else f" (once as {alias})"
+                raise TocomError(f"{where}: {path} is {places}{also}; keep one of the two")
+            seen[real] = (split, path)
 
 
 # --- a folder -------------------------------------------------------------------------------------------------------
@@ -227,6 +249,7 @@ def _read_folder(source: OwnOptions) -> Listing:
             )
     files = {split: [path for name in names[split] for path in _images(folder / split / name)] for split in present}
     labels = {split: [path.parent.name for path in files[split]] for split in present}
+    _check_once(files, f"folder {folder.name}")
     empty = sorted(set(names["train"]) - set(labels["train"]))
     if empty:
         raise TocomError(f"{folder / 'train' / empty[0]} holds no images; put some in, or remove the class")
@@ -279,7 +302,7 @@ def _read_csv(source: OwnOptions) -> Listing:
     files = {split: [roots[split] / path for path in table[image]] for split, table in tables.items()}
     for split, paths in files.items():
         _check_files(paths, where, f"paths are relative to {roots[split]}, which `root:` changes")
-    _check_disjoint(files, where)
+    _check_once(files, where)
     labels = {split: np.array(table[label].tolist(), dtype=str) for split, table in tables.items()}
     return _listing(source, where, files, labels)
 
@@ -355,6 +378,8 @@ def _load_hub(source: OwnOptions, where: str) -> dict:
         # The library and the formats below it have no common base for their errors.
         fix = "check name, subset, revision and splits"
         raise TocomError(f"{where} cannot be loaded ({_reason(error)}); {fix}") from error
+    if source.splits:
+        _check_parts(source.splits, loaded["train"].info.splits, where)
     # Splits that the config gives already have our names; a data set's own validation split has one of several.
     validation = next((name for name in _VALIDATION if name in loaded), None)
     names = {"train": "train", "val": validation, "test": "test"}
@@ -365,6 +390,26 @@ def _load_hub(source: OwnOptions, where: str) -> dict:
                 " splits: {train: train, test: validation} (or parts: 'train[:80%]')"
             )
     return {split: loaded[name] for split, name in names.items() if name is not None}
+
+
+def _check_parts(splits: Mapping[str, str], available: Mapping, where: str) -> None:
+    """Refuse parts of a data set's splits that share images.
+
+    Args:
+        splits: what the config takes for each of ours ("train[:90%]"). available: the data set's own, with sizes.
+    """
+    from datasets import ReadInstruction
+
+    sizes = {name: info.num_examples for name, info in available.items()}
+    parts = [
+        (ours, text, p) for ours, text in splits.items() for p in ReadInstruction.from_spec(text).to_absolute(sizes)
+    ]
+    for (ours, text, one), (others, other_text, other) in itertools.combinations(parts, 2):
+        if one.splitname == other.splitname and max(one.from_, other.from_) < min(one.to, other.to):
+            raise TocomError(
+                f"{where}: {ours}: {text} and {others}: {other_text} share images; take parts that do not overlap,"
+                " such as 'train[:90%]' and 'train[90%:]'"
+            )
 
 
 def _pick_column(features: Mapping[str, Any], kind: type, given: str | None, option: str, where: str) -> str:
@@ -439,7 +484,7 @@ def _image_file(value: Any, what: str) -> tuple[bytes, str]:
             value = stream.getvalue()
         with Image.open(io.BytesIO(value)) as opened:
             return value, f".{opened.format.lower()}"
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, SyntaxError, NotImplementedError) as error:
         raise TocomError(f"{what} is not a readable image ({_reason(error)}); choose with `image_column:`") from None
 
 
@@ -464,6 +509,7 @@ def _read_python(source: OwnOptions) -> Listing:
     if isinstance(result, Listing):
         if not {"train", "test"} <= result.splits.keys() <= set(SPLITS):
             raise TocomError(f"{where}: its Listing has splits {', '.join(result.splits)}; it needs train and test")
+        _check_once({split: items.files for split, items in result.splits.items() if items.files is not None}, where)
         return result
     images, labels = _check_result(result, where)
     return _listing(source, where, images, labels)
@@ -509,7 +555,7 @@ def _check_result(result: Any, where: str) -> tuple[dict[str, Any], dict[str, An
         images[split], labels[split] = _check_images(pair[0], f"{where}: images of {split}"), pair[1]
         if len(images[split]) != len(labels[split]):
             raise TocomError(f"{where}: {split} has {len(images[split])} images but {len(labels[split])} labels")
-    _check_disjoint({split: value for split, value in images.items() if isinstance(value, list)}, where)
+    _check_once({split: value for split, value in images.items() if isinstance(value, list)}, where)
     return images, labels
 
 

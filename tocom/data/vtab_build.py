@@ -39,6 +39,7 @@ PARTS_SEED = 0
 CLEVR_DISTANCES = (0.0, 8.0, 8.5, 9.0, 9.5, 10.0, 100.0)
 KITTI_DISTANCES = (-100.0, 8.0, 20.0, 999.0)
 NO_VEHICLE = 1000.0  # metres: beyond the last limit
+NOTE = "built.json"  # in a task's folder: from what it was built
 BLOCK = 23_040  # images of dSprites that are compressed together
 Image = Path | bytes | np.ndarray  # a file, a file's content, or pixels [H, W] or [H, W, 3] uint8
 
@@ -99,19 +100,29 @@ def build(
     if target.exists():
         raise TocomError(f"{target} exists; remove it to build it again")
     splits = draw(read(folder_of(source, sources, catalogue)), sizes, seed, source)
-    about = {"task": task, "source": source, "seed": seed, "images": "drawn by tocom, not the community's lists"}
     try:
         Path(output).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{task}.build-", dir=output) as staging:
             made = Path(staging) / task
             made.mkdir()
             _write(made, splits, task)
-            (made / "built.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+            (made / NOTE).write_text(_note(task, seed), encoding="utf-8")
             made.rename(target)
     except OSError as error:
         reason = error.strerror or error
         raise TocomError(f"cannot write {target}: {reason}; free some space or choose another folder") from error
     return target
+
+
+def _note(task: str, seed: int) -> str:
+    about = {"task": task, "source": TASKS[task][0], "seed": seed}
+    return json.dumps(about | {"images": "drawn by tocom, not the community's lists"}, indent=2) + "\n"
+
+
+def is_built(task: str, output: str | os.PathLike, seed: int) -> bool:
+    """Return whether :func:`build` has written a task (without ``vtab.``) with this seed before."""
+    note = Path(output) / task / NOTE
+    return note.is_file() and note.read_text(encoding="utf-8") == _note(task, seed)
 
 
 def draw(pools: Pools, sizes: tuple[int, int], seed: int, source: str) -> Pools:
@@ -297,8 +308,8 @@ def _svhn_pool(images: np.ndarray, labels: np.ndarray) -> Pool:
 
 
 def sun397(folder: Path) -> Pools:
-    """70, 10 and 20 % of all images, as TensorFlow's splits have it."""
-    return cut(_paths(_torchvision("SUN397", folder, loader=_as_it_is)), train=70, val=10, test=20)
+    """10 and 20 % of all images to choose and to test on, the others to train on, as in TensorFlow's splits."""
+    return cut(_paths(_torchvision("SUN397", folder, loader=_as_it_is)), val=10, test=20, train=70)
 
 
 # --- specialised tasks

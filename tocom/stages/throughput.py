@@ -4,40 +4,60 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from tocom.compensator import Compensator
 from tocom.models import load_model, pick_device
-from tocom.settings import ThroughputSettings
+from tocom.settings import BenchmarkSettings, ThroughputSettings
 from tocom.stages.common import compressed
 from tocom.training import autocast, bar, make_deterministic
 from tocom.vit import CompressedViT, gflops
 
 
 def peak_memory_mb(vit: CompressedViT, images: torch.Tensor) -> float:
-    """Return the most memory that tensors take during one forward pass, weights included, in MB (10^6 bytes).
+    """Return the most memory that tensors take during one forward pass, weights included, in MB (10^6 bytes)."""
+    return peak_memory_mb_of(lambda: vit(images), images.device, vit, images)
 
-    On a GPU it is what CUDA's allocator reports, less what other models on it hold; on a CPU, what torch's tensors
-    hold.
+
+def peak_memory_mb_of(
+    work: Callable[[], object], device: torch.device, *held: nn.Module | torch.optim.Optimizer | torch.Tensor
+) -> float:
+    """Return the most memory that tensors take during a piece of work, in MB (10^6 bytes).
+
+    It is what torch's allocator reports, less what others hold: on a GPU, CUDA's; on a CPU, that which torch's profiler
+    watches.
+
+    Args:
+        held: modules, optimizers and tensors that the work uses and that are in memory already.
     """
-    if images.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(images.device)
-        before = torch.cuda.memory_allocated(images.device)
-        vit(images)
-        own = sum(tensor.nbytes for tensor in (*vit.parameters(), *vit.buffers(), images))
-        return (torch.cuda.max_memory_allocated(images.device) - before + own) / 1e6
-    from torch.distributed._tools.mem_tracker import MemTracker
+    own = sum(tensor.nbytes for thing in held for tensor in _tensors(thing) if tensor.device.type == device.type)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return (torch.cuda.max_memory_allocated(device) - before + own) / 1e6
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # or the profiler complains that there is no GPU
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    return float(max(np.cumsum([0, *changes])) + own) / 1e6
 
-    tracker = MemTracker()
-    tracker.track_external(vit, images)
-    with tracker:
-        vit(images)
-    snapshot = tracker.get_tracker_snapshot("peak")[images.device]
-    return snapshot["Total"] / 1e6
+
+def _tensors(held: nn.Module | torch.optim.Optimizer | torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield the parameters and buffers of a module, the state of an optimizer, or the tensor itself."""
+    if isinstance(held, torch.Tensor):
+        yield held
+    elif isinstance(held, nn.Module):
+        yield from (*held.parameters(), *held.buffers())
+    else:
+        for state in held.state.values():
+            yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
@@ -55,12 +75,31 @@ def training_work(vit: CompressedViT, images: torch.Tensor, precision: str) -> C
     """Return what one training step costs: forward, loss and backward, without the optimizer."""
     numbers = torch.arange(len(images), device=images.device)
 
+    def loss() -> torch.Tensor:
+        logits = vit(images)
+        return F.cross_entropy(logits, numbers % logits.shape[1])
+
+    return step_work(vit, loss, precision, images.device)
+
+
+def step_work(
+    module: nn.Module,
+    loss: Callable[[], torch.Tensor],
+    precision: str,
+    device: torch.device,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> Callable[[], object]:
+    """Return a training step of a module: the loss, its backward pass and, if one is given, the optimizer's step."""
+    scaler = torch.amp.GradScaler(device.type, enabled=optimizer is not None and precision == "fp16")
+
     def work() -> None:
-        with autocast(precision, images.device):
-            logits = vit(images)
-            loss = F.cross_entropy(logits, numbers % logits.shape[1])
-        vit.zero_grad()
-        loss.backward()
+        module.zero_grad()
+        with autocast(precision, device):
+            value = loss()
+        scaler.scale(value).backward()
+        if optimizer is not None:
+            scaler.step(optimizer)
+            scaler.update()
 
     return work
 
@@ -76,16 +115,26 @@ def inference_work(vit: CompressedViT, images: torch.Tensor, precision: str) -> 
 
 
 def side_by_side(
-    work: dict[str, Callable[[], object]], settings: ThroughputSettings, device: torch.device
-) -> dict[str, np.ndarray]:
-    """Return the seconds of every piece of work in every round [repeats]; all take turns, in an order that changes."""
-    generator = np.random.default_rng(0)
-    for do in work.values():
+    work: dict[Hashable, Callable[[], object]],
+    settings: ThroughputSettings | BenchmarkSettings,
+    device: torch.device,
+    before: Callable[[Hashable], object] = lambda name: None,
+) -> dict[Hashable, np.ndarray]:
+    """Return the seconds of every piece of work in every round [repeats]; all take turns, in an order that changes.
+
+    Args:
+        before: called with the name of the piece of work that comes next; its time does not count.
+    """
+    generator, names = np.random.default_rng(0), list(work)
+    for name in names:
+        before(name)
         for _ in range(settings.warmup):
-            do()
-    times = {name: np.empty(settings.repeats) for name in work}
+            work[name]()
+    times = {name: np.empty(settings.repeats) for name in names}
     for repeat in range(settings.repeats):
-        for name in generator.permutation(list(work)):
+        for number in generator.permutation(len(names)):
+            name = names[number]
+            before(name)
             times[name][repeat] = seconds(work[name], device)
     return times
 
@@ -116,7 +165,7 @@ def throughput(
         vits = {name: _make(backbone, device, compressor) for name in ("uncompressed", "plain", "folded")}
         vits["plain"].set_degree(degree)
         vits["folded"].attach(Compensator.load(compensator).to(device)).set_degree(degree)
-        images = _random_images(vits["plain"], settings.batch_size, device)
+        images = random_images(vits["plain"], settings.batch_size, device)
         work = {name: inference_work(vit, images, settings.precision) for name, vit in vits.items()}
         times = side_by_side(work, settings, device)
         low, ratio, high = np.quantile(times["folded"] / times["plain"], [0.25, 0.5, 0.75])
@@ -169,7 +218,8 @@ def _make(backbone: str | os.PathLike, device: torch.device, compressor: str) ->
     return compressed(model.to(device), about, compressor).eval()
 
 
-def _random_images(vit: CompressedViT, batch_size: int, device: torch.device) -> torch.Tensor:
+def random_images(vit: CompressedViT, batch_size: int, device: torch.device) -> torch.Tensor:
+    """Return a batch of random numbers [B, 3, H, W] of the size that the model takes, always the same ones."""
     patch = vit.model.patch_embed
     shape = (batch_size, patch.proj.in_channels, *patch.img_size)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)

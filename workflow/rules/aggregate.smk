@@ -20,9 +20,10 @@ rule cells:
         mem_mb=memory("analysis"),
         runtime=minutes("analysis"),
     params:
-        grid=f"{ROOT}/predictions --study {STUDY.study} {grid_options()}",
+        predictions=lambda wildcards, input: placed(f"{ROOT}/predictions", input[0]),
+        grid=f"--study {STUDY.study} {grid_options()}",
     shell:
-        "tocom analyse cells {params.grid} --output {output} > {log} 2>&1"
+        "tocom analyse cells {params.predictions} {params.grid} --output {output} > {log} 2>&1"
 
 
 rule gather_transfer:
@@ -67,9 +68,10 @@ rule significance:
         mem_mb=memory("analysis"),
         runtime=minutes("analysis"),
     params:
-        how=f"--predictions {ROOT}/predictions --resamples {STUDY.analysis.resamples} {STUDY.group_options()}",
+        predictions=lambda wildcards, input: placed(f"{ROOT}/predictions", input.cells),
+        how=f"--resamples {STUDY.analysis.resamples} {STUDY.group_options()}",
     shell:
-        "tocom analyse significance {input.cells} {params.how} --output {output} > {log} 2>&1"
+        "tocom analyse significance {input.cells} --predictions {params.predictions} {params.how} --output {output} > {log} 2>&1"
 
 
 rule tables:
@@ -102,9 +104,10 @@ rule tables:
         mem_mb=memory("analysis"),
         runtime=minutes("analysis"),
     params:
-        folders=f"{ROOT} --output {ROOT}/tables --main {STUDY.variants[0]} {STUDY.group_options()}",
+        root=lambda wildcards, input: placed(ROOT, input[0]),
+        how=f"--main {STUDY.variants[0]} {STUDY.group_options()}",
     shell:
-        "tocom analyse tables {params.folders} > {log} 2>&1"
+        "tocom analyse tables {params.root} --output {params.root}/tables {params.how} > {log} 2>&1"
 
 
 rule paper_table:
@@ -133,11 +136,18 @@ rule paper_table:
         mem_mb=memory("analysis"),
         runtime=minutes("analysis"),
     params:
-        folders=f"{ROOT} --output {ROOT}/tables",
+        root=lambda wildcards, input: placed(ROOT, input[0]),
         config=STUDY.as_json(),
-        compensators=options("compensator", map("=".join, ALL_COMPENSATORS)),
+        compensators=lambda wildcards, input: options(
+            "compensator",
+            map(
+                "{}={}".format,
+                [name for name, _ in ALL_COMPENSATORS],
+                input.compensators,
+            ),
+        ),
     shell:
-        "tocom analyse paper-table {params.folders} --config {params.config:q} {params.compensators} > {log} 2>&1"
+        "tocom analyse paper-table {params.root} --output {params.root}/tables --config {params.config:q} {params.compensators} > {log} 2>&1"
 
 
 rule figures:
@@ -166,9 +176,10 @@ rule figures:
         mem_mb=memory("analysis"),
         runtime=minutes("analysis"),
     params:
-        folders=f"{ROOT} --output {ROOT}/figures --main {STUDY.variants[0]} {STUDY.group_options()}",
+        root=lambda wildcards, input: placed(ROOT, input[0]),
+        how=f"--main {STUDY.variants[0]} {STUDY.group_options()}",
     shell:
-        "tocom analyse figures {params.folders} > {log} 2>&1"
+        "tocom analyse figures {params.root} --output {params.root}/figures {params.how} > {log} 2>&1"
 
 
 rule verify:

@@ -60,6 +60,11 @@ def options(name, values):
     return " ".join(f"--{name} {value}" for value in values)
 
 
+def placed(path, known):
+    """Return where a job finds a path of the study, as it does an input or output of its own: storage has copies."""
+    return known.partition(ROOT)[0] + path
+
+
 def memory(stage):
     """Return the memory (MB) that a job of a stage asks for, more on every retry."""
     return lambda wildcards, attempt: getattr(STUDY.resources, stage).mem_mb * attempt

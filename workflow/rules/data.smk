@@ -3,7 +3,8 @@
 
 rule fetch:
     output:
-        FETCHED,
+        # Snakemake would delete the mark of a complete data set before a forced run, and with it what is registered.
+        update(FETCHED),
     log:
         f"{LOGS}/fetch/{{dataset}}.log",
     benchmark:

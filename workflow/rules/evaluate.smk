@@ -59,8 +59,9 @@ rule transfer:
         runtime=minutes("evaluate"),
         gpu=STUDY.gpus("evaluate", STUDY.evaluate.device),
     params:
-        checkpoints=lambda wildcards: options(
-            "checkpoint", STUDY.gap_options(CHECKPOINT, **wildcards)
+        checkpoints=lambda wildcards, input: options(
+            "checkpoint",
+            STUDY.gap_options(placed(CHECKPOINT, input.checkpoints[0]), **wildcards),
         ),
         settings=STUDY.evaluate.options(),
         columns=lambda wildcards: options(

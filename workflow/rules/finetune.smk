@@ -24,8 +24,9 @@ for _index, _batch in enumerate(STUDY.batches):
             nodes=STUDY.resources.finetune.nodes,
         params:
             start=STUDY.launcher("finetune"),
-            template=lambda wildcards: CHECKPOINT.format(
-                **wildcards, train_degree="{degree}", seed="{seed}"
+            template=lambda wildcards, output: placed(
+                CHECKPOINT.format(**wildcards, train_degree="{degree}", seed="{seed}"),
+                output[0],
             ),
             runs=options("at", [f"{c.train_degree}:{c.seed}" for c in _batch]),
             degrees=f"--max-degree {STUDY.max_degree}",

@@ -114,7 +114,8 @@ rule segment_table:
         mem_mb=memory("analysis"),
         runtime=minutes("analysis"),
     params:
-        where=f"{SEGMENT}/predictions --tables {ROOT}/tables --study {STUDY.study} --task {STUDY.segmentation.name}",
+        root=lambda wildcards, input: placed(ROOT, input[0]),
+        where=f"--study {STUDY.study} --task {STUDY.segmentation.name}",
         models=options("backbone", [b.name for b in STUDY.backbones])
         + " "
         + options("compressor", STUDY.compressors),
@@ -127,5 +128,6 @@ rule segment_table:
         ),
         how=f"--variant {STUDY.variants[0]} --resamples {STUDY.analysis.resamples}",
     shell:
-        "tocom segment table {params.where} {params.models} {params.grid} {params.how} --output {output.cells}"
+        "tocom segment table {params.root}/segmentation/predictions --tables {params.root}/tables"
+        " {params.where} {params.models} {params.grid} {params.how} --output {output.cells}"
         " > {log} 2>&1"

@@ -9,9 +9,15 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from tocom.data.families.reading import malformed
 from tocom.data.listing import Listing
 from tocom.errors import TocomError
+
+if TYPE_CHECKING:
+    from tocom.data.catalogue import Catalogue, DataSet
 
 #: Families that give labelled images; the catalogue's others are read elsewhere (see `_ELSEWHERE`).
 FAMILIES = ("cars", "cifar", "cub", "dogs", "flowers", "imagenet", "vtab")
@@ -43,6 +49,38 @@ def load_listing(name: str, root: str | os.PathLike, catalogue=None) -> Listing:
     data_set = find(name, catalogue)
     if data_set.family not in FAMILIES:
         raise TocomError(f"{name} {why_no_task(data_set.family)}")
-    folder = folder_of(name, root, catalogue)
+    return _read(name, data_set, folder_of(name, root, catalogue))
+
+
+def _read(name: str, data_set: DataSet, folder: Path) -> Listing:
     listing = import_module(f"{__name__}.{data_set.family}").listing(folder, name)
+    # A missing class would give its label to the next. Lists of VTAB-1k state labels, and need not show all of them.
+    if data_set.family != "vtab" and listing.classes != data_set.classes:
+        raise malformed(folder, f"holds {listing.classes:,} classes, not the {data_set.classes:,} of {data_set.title}")
     return replace(listing, classes=data_set.classes, group=data_set.group, source=data_set.title)
+
+
+def check_layout(name: str, folder: Path, catalogue: Catalogue) -> None:
+    """Read a folder as the data set ``name``, so that no other folder passes for it; sources of VTAB-1k are not read.
+
+    Raises:
+        TocomError: it is not in the data set's layout, or holds none of its tasks.
+    """
+    from tocom.data.families import vtab
+
+    data_set = catalogue[name]
+    if data_set.family == "ade20k":
+        from tocom.segmentation import ade20k
+
+        ade20k.listing(folder)
+    elif data_set.family in FAMILIES:
+        _read(name, data_set, folder)
+    elif data_set.family == "collection":
+        tasks = [task for task, entry in catalogue.items() if entry.same_files_as == name]
+        if (folder / vtab.LISTS["train"]).is_file():
+            raise TocomError(f"{folder} is that of one task; give the folder that it lies in")
+        there = [task for task in tasks if (vtab.task_folder(folder, task) / vtab.LISTS["train"]).is_file()]
+        if not there:
+            raise TocomError(f"{folder} holds none of the tasks of {name}, such as dtd/{vtab.LISTS['train']}")
+        for task in there:
+            _read(task, catalogue[task], folder)

@@ -17,7 +17,7 @@ from tocom.errors import TocomError
 
 def malformed(path: Path, reason: str) -> TocomError:
     """Return the error for a file that is not what it should be."""
-    return TocomError(f"{path} {reason}; delete the data set's folder and fetch it again with `tocom data fetch`")
+    return TocomError(f"{path} {reason}; mend the folder or, if it was downloaded, run `tocom data fetch NAME --force`")
 
 
 @contextlib.contextmanager

@@ -35,7 +35,10 @@ def listing(folder: Path, name: str) -> Listing:
     Raises:
         TocomError: a list or image is missing, the lists share an image, or the list of 1,000 is not their union.
     """
-    folder = task_folder(folder, name)
+    whole, folder = folder, task_folder(folder, name)
+    if not (folder / LISTS["train"]).is_file():
+        task = name.removeprefix("vtab.")
+        raise malformed(whole, f"holds no {task}/{LISTS['train']} (`tocom data build-vtab {task}` builds it)")
     rows = {split: _rows(folder / file) for split, file in LISTS.items()}
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
         shared = {path for path, _ in rows[one]} & {path for path, _ in rows[other]}

@@ -1,0 +1,67 @@
+"""Image files: what cannot be read is one line, and pixels keep their meaning."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tocom.data.images import image_files, open_image
+from tocom.errors import TocomError
+
+GREY = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+
+
+def refusal(path):
+    with pytest.raises(TocomError) as caught:
+        open_image(path)
+    message = str(caught.value)
+    assert message.startswith(str(path))
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("ending", ["png", "tif"])
+def test_16_bits_of_grey_become_8(tmp_path, ending):
+    Image.fromarray(GREY).save(tmp_path / f"x.{ending}")
+    found = np.asarray(open_image(tmp_path / f"x.{ending}"))
+    assert found.shape == (64, 64, 3)
+    assert np.abs(found / 255 - GREY[..., None] / 65535).max() <= 0.5 / 255 + 1e-9
+
+
+def test_8_bits_stay_as_they_are(tmp_path):
+    pixels = (GREY >> 8).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    assert np.array_equal(np.asarray(open_image(tmp_path / "x.png")), np.repeat(pixels[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_pixels_of_32_bits_are_refused(tmp_path, kind):
+    Image.fromarray((GREY / 65535).astype(kind)).save(tmp_path / "x.tif")
+    assert "save it with 8 bits a channel" in refusal(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize("ending", ["png", "ppm", "sgi", "dds", "qoi", "jpg", "bmp", "gif", "webp", "tif"])
+def test_a_damaged_file_is_one_line_or_still_a_picture(tmp_path, ending):
+    """Every byte of the header, one after the other, and every length."""
+    path = tmp_path / f"x.{ending}"
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)).save(path)
+    whole = path.read_bytes()
+    damaged = [whole[:n] for n in range(0, len(whole), 3)]
+    for place in range(min(len(whole), 60)):
+        damaged += [whole[:place] + bytes([value]) + whole[place + 1 :] for value in (0, 255, whole[place] ^ 1)]
+    refused = 0
+    for content in damaged:
+        path.write_bytes(content)
+        try:
+            assert open_image(path).mode == "RGB"
+        except TocomError as error:
+            refused += 1
+            assert str(error).startswith(str(path))
+            assert "\n" not in str(error)
+    assert refused > 5
+
+
+def test_only_endings_of_pictures_count_as_images(tmp_path):
+    for name in ("a.JPG", "sub/b.png", "c.mpo", "notes.pdf", "features.h5", "clip.mpg", "x.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert [path.name for path in image_files(tmp_path)] == ["a.JPG", "c.mpo", "b.png"]
