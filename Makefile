@@ -50,9 +50,11 @@ lock:  ## Pin the newest versions that requirements/*.in allow
 STUDIES := cifar100 fgvc vtab1k backbones compressors speedup ablations gap_transfer ade20k
 PROFILE ?= profiles/default
 
-studies: $(VENV)/.run  ## Run every study of the paper and write their overview (PROFILE=profiles/slurm on a cluster)
-	for study in $(STUDIES); do snakemake --workflow-profile $(PROFILE) --configfile config/$$study.yaml; done
-	tocom analyse overview $(STUDIES:%=config/%.yaml) --output results/overview
+studies: $(VENV)/.run  ## Run every study of the paper as one DAG (PROFILE=profiles/slurm on a cluster)
+	status=0; \
+	snakemake --snakefile workflow/joint.smk --workflow-profile $(PROFILE) || status=$$?; \
+	tocom analyse overview $(STUDIES:%=config/%.yaml) --output results/overview; \
+	exit $$status
 
 reference:  ## Make the present run the one that `snakemake verify` compares with
 	mkdir -p results/demo/reference

@@ -76,7 +76,7 @@ def test_names_of_compressors_match_the_registry():
         (changed(tasks=[{"name": "digits", "data": {"trian": 1}}]), "task 'digits': data: unknown key 'trian'"),
         (changed(compensators={"none": {}}), "no compensator can be called 'none'"),
         (changed(store="a b;rm"), "use letters, digits"),
-        (changed(transfer=True, train_degrees=[0]), "transfer needs two tasks"),
+        (changed(transfer=True, train_degrees=[0]), "transfer needs tasks to classify"),
         (changed(paper="transfer", transfer=False), "needs transfer: true"),
         (changed(paper="speedup"), "needs throughput: {training: true}"),
         (changed(finetune={"warmup_epochs": 60, "epochs": 50}), "warmup_epochs 60 exceeds epochs 50"),

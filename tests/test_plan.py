@@ -46,18 +46,19 @@ LARGE = {
     "train_degrees": [0, 8, 16, "random"],
     "infer_degrees": [0, 8, 16],
     "max_degree": 16,
+    "transfer": True,
     "checkpoints_per_job": 5,
     "finetune": {"augmentation": "timm", "precision": "bf16"},
     "distil": {"images": None},
 }
-#: What the jobs of a segmentation study depend on, and variants of ToCom of which it uses the first alone.
+#: One task, one seed.
+ONE = yaml.safe_load(TINY.read_text()) | {"tasks": ["digits"], "seeds": [0], "transfer": False}
+#: What the jobs of a segmentation study depend on.
 SEVERAL_SCENES = yaml.safe_load(SCENES.read_text()) | {
     "study": "several_scenes",
     "backbones": [yaml.safe_load(SCENES.read_text())["backbones"][0] | {"name": name} for name in ("a", "b")],
-    "compensators": {"tocom": {}, "rank1": {"rank": 1}},
     "train_degrees": [0, 16],
     "infer_degrees": [0, 8, 16],
-    "checkpoints_per_job": 3,
 }
 FLAT = {"train": 50.0, "infer": 200.0}
 
@@ -82,7 +83,7 @@ def rates_for(study, models, speeds=None):
 
 def planned(study, sizes, distil_images=None, parameters=1000, segmenter=0):
     models = {b.name: Model(b.name, {}, parameters, segmenter_parameters=segmenter) for b in study.backbones}
-    images = distil_images or {b.name: None for b in study.backbones}
+    images = distil_images or dict.fromkeys(planning.images_of(study))
     return planning.plan(study, rates_for(study, models), models, sizes, images)
 
 
@@ -125,13 +126,18 @@ def test_passes_of_the_tiny_study_are_those_counted_by_hand():
 
 def test_partial_batches_are_left_out_where_images_are_mixed_and_a_tenth_at_most_is_held_out():
     recipe = {"batch_size": 64, "epochs": 3}
-    config = yaml.safe_load(TINY.read_text()) | {"tasks": ["digits"], "seeds": [0], "train_degrees": [0]}
+    config = yaml.safe_load(TINY.read_text()) | {
+        "tasks": ["digits"],
+        "seeds": [0],
+        "transfer": False,
+        "train_degrees": [0],
+    }
     config |= {"finetune": recipe | {"mixup": 0.8}, "distil": recipe | {"images": None, "held_out": 1000}}
-    passes = planned(parse_study(config), {"digits": Sizes(150, 10, 1)}, {"tiny_vit": 505}).passes
+    passes = planned(parse_study(config), {"digits": Sizes(150, 10, 1)}, {None: 505}).passes
     assert passes["finetune"].known == 3 * (128 + 10)
     assert passes["distil"].known == 2 * 3 * (505 - 50) + 2 * 4 * 50
     config["distil"] |= {"held_out": 20, "cutmix": 1}
-    passes = planned(parse_study(config), {"digits": Sizes(150, 10, 1)}, {"tiny_vit": 505}).passes
+    passes = planned(parse_study(config), {"digits": Sizes(150, 10, 1)}, {None: 505}).passes
     assert passes["distil"].known == 2 * 3 * 448 + 2 * 4 * 20
 
 
@@ -148,7 +154,12 @@ def test_passes_are_those_of_a_real_run(tmp_path, monkeypatch):
     from tocom.stages.finetune import finetune
     from tocom.vit import CompressedViT
 
-    config = yaml.safe_load(TINY.read_text()) | {"tasks": ["digits"], "seeds": [0], "train_degrees": [3, "random"]}
+    config = yaml.safe_load(TINY.read_text()) | {
+        "tasks": ["digits"],
+        "seeds": [0],
+        "transfer": False,
+        "train_degrees": [3, "random"],
+    }
     config["evaluate"] = {"device": "cpu", "scales": [0.5, 1], "may_decline": False}
     study = parse_study(config)
     save_model(tmp_path / "backbone", build(), ARCHITECTURE, KWARGS)
@@ -171,14 +182,19 @@ def test_passes_are_those_of_a_real_run(tmp_path, monkeypatch):
         degrees = list(study.infer_degrees)
         evaluate([path], tmp_path / "data", compensators, [tmp_path / "out"], degrees, study.evaluate)
     expected = Sums()
-    for work in planning.works(study, {"digits": Sizes(64, 32, 60)}, {"tiny_vit": None}):
+    for work in planning.works(study, {"digits": Sizes(64, 32, 60)}, {None: None}):
         if work.stage in ("distil", "finetune", "evaluate"):
             expected.add((work.stage, work.mode), work.images)
     assert seen == expected
 
 
 def test_a_model_that_is_used_as_it_is_is_not_trained():
-    config = yaml.safe_load(TINY.read_text()) | {"tasks": ["digits"], "seeds": [0], "train_degrees": [0]}
+    config = yaml.safe_load(TINY.read_text()) | {
+        "tasks": ["digits"],
+        "seeds": [0],
+        "transfer": False,
+        "train_degrees": [0],
+    }
     study = parse_study(config | {"finetune": {"tuning": {"mode": "none"}}})
     passes = planned(study, {"digits": Sizes(64, 32, 60)}).passes
     assert passes["finetune"].known == 32
@@ -187,7 +203,7 @@ def test_a_model_that_is_used_as_it_is_is_not_trained():
 
 def test_passes_and_disk_space_of_segmentation_are_those_counted_by_hand():
     study = parse_study(SEVERAL_SCENES)
-    result = planned(study, {"scenes": plan_inputs.segmentation_sizes(study, {})}, {"a": None, "b": None}, 1000, 900)
+    result = planned(study, {"scenes": plan_inputs.segmentation_sizes(study, {})}, {None: None}, 1000, 900)
     runs = 2 * 2 * 2  # backbones, seeds, train degrees
     assert {stage: amount.known for stage, amount in result.passes.items()} == {
         "pretrain": 2 * (2 * 128 + 32 * (2 + 17)),
@@ -237,7 +253,7 @@ def test_passes_and_files_of_segmentation_are_those_of_a_real_run(tmp_path, monk
     files = [[tmp_path / "segmenter"], tmp_path / "data", tmp_path / "tocom", [tmp_path / "counts"]]
     evaluate(*files, list(study.infer_degrees), study.evaluate)
     sizes = {"scenes": plan_inputs.segmentation_sizes(study, {})}
-    works = [work for work in planning.works(study, sizes, {"tiny_vit": None}) if work.stage.startswith("segment")]
+    works = [work for work in planning.works(study, sizes, {None: None}) if work.stage.startswith("segment")]
     assert {work.runs for work in works} == {Runs("tiny_vit", "tome_mlp", 48, Head("linear", 7))}
     expected = Sums()
     for work in works:
@@ -266,7 +282,7 @@ def test_hours_are_passes_over_images_a_second():
 def test_random_degrees_take_the_mean_time_of_all_and_a_fixed_one_its_own():
     study = parse_study(yaml.safe_load(TINY.read_text()) | {"tasks": ["digits"], "seeds": [0]})
     sizes = {"digits": Sizes(64, 32, 60)}
-    images = {"tiny_vit": None}
+    images = {None: None}
     seconds = {degree: 10.0 - degree for degree in range(5)}
     model = Model("m", {}, 1)
     rates = Rates(
@@ -309,7 +325,7 @@ def test_downloads_are_counted_once_and_training_images_that_stay_files_are_not_
     catalogue = read_catalogue()
     assert planning.downloads(study, catalogue) == ["cifar100", "vtab-1k", "imagenet1k"]
     sizes = {name: Sizes(1000, 100, 500) for name in study.task_names}
-    result = planned(study, sizes, {"deit_s": 10, "deit_b": 10}).disk
+    result = planned(study, sizes, {"imagenet1k": 10}).disk
     expected = sum(catalogue[name].unpacked_bytes for name in ("cifar100", "vtab-1k", "imagenet1k"))
     assert result["data sets, unpacked"].known == expected
     assert result["prepared tasks"].known == 4 * 600 * 3 * 224**2
@@ -326,7 +342,7 @@ def test_what_is_not_known_is_said_and_not_guessed(tmp_path, monkeypatch):
     assert sizes["cifar100"] == Sizes(45_000, 5_000, 10_000)
     assert sizes["vtab.dtd"] == Sizes(800, 200, 1880)
     result = planned(study, sizes)
-    assert result.unknown == ("mine", "images to distil deit_s on", "images to distil deit_b on")
+    assert result.unknown == ("mine", "images of imagenet1k to distil on")
     for stage in ("finetune", "evaluate", "transfer"):
         assert not result.passes[stage].whole
         assert result.passes[stage].known > 0

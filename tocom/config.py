@@ -78,10 +78,7 @@ class Backbone(Settings):
             raise ValueError(
                 f"backbone {self.name!r} needs one of checkpoint, timm and architecture; it has {given or 'none'}"
             )
-        catalogue = read_catalogue()
-        if self.distil_images in catalogue and catalogue[self.distil_images].family not in FAMILIES:
-            why = why_no_task(catalogue[self.distil_images].family)
-            raise ValueError(f"backbone {self.name!r}: cannot distil on {self.distil_images}: it {why}")
+        _check_distil_images(self.distil_images, f"backbone {self.name!r}")
         if self.timm is not None and not {"image_size", "patch_size"} <= self.model_fields_set:
             raise ValueError(
                 f"backbone {self.name!r}: timm needs image_size and patch_size beside it, such as 224 and 16"
@@ -95,6 +92,12 @@ class Backbone(Settings):
     def is_made(self) -> bool:
         """Whether the workflow writes its checkpoint."""
         return self.checkpoint is None
+
+
+def _check_distil_images(images: str | None, where: str) -> None:
+    catalogue = read_catalogue()
+    if images in catalogue and catalogue[images].family not in FAMILIES:
+        raise ValueError(f"{where}: cannot distil on {images}: it {why_no_task(catalogue[images].family)}")
 
 
 class TaskEntry(OwnOptions):
@@ -180,6 +183,8 @@ class StageResources(Settings):
     nodes: Positive = Field(1, description="nodes that train one model together (under Slurm)")
 
 
+#: What a variant of ToCom may change beside the distil section.
+OWN_OF_VARIANTS = ("scales", "distil_images")
 #: Stages that several processes can share.
 SHARED_STAGES = ("distil", "finetune")
 
@@ -242,8 +247,8 @@ class Study(Settings):
     compensators: dict[str, dict[str, Any]] = Field(
         {TOCOM: {}},
         min_length=1,
-        description="variants of ToCom: name -> changes of the distil section, or scales of its own; the first is that"
-        " of the main tables, the others are compared with it",
+        description="variants of ToCom: name -> changes of the distil section, scales of its own, or distil_images in"
+        " place of the backbone's; the first is that of the main tables, the others are compared with it",
     )
     tasks: tuple[NamedTask, ...] = Field((), description="names, or entries with a source of your own")
     segmentation: SegmentationSettings | None = Field(None, description="segment images instead of classifying tasks")
@@ -320,8 +325,8 @@ class Study(Settings):
         return self
 
     def _tables_can_be_made(self) -> None:
-        if self.transfer and (self.segmentation or len(self.fixed_train_degrees) < 2 or len(self.tasks) < 2):
-            raise ValueError("transfer needs two tasks and two fixed train degrees")
+        if self.transfer and (self.segmentation or len(self.fixed_train_degrees) < 2):
+            raise ValueError("transfer needs tasks to classify, and two fixed train degrees")
         if self.paper == "transfer" and not self.transfer:
             raise ValueError("paper: transfer needs transfer: true")
         if self.paper == "speedup" and not self.throughput.training:
@@ -351,6 +356,10 @@ class Study(Settings):
         for variant in self.compensators:
             self.distil_for(variant)
             self.scales_for(variant)
+            images = self.compensators[variant].get("distil_images")
+            if images is not None and not isinstance(images, str):
+                raise ValueError(f"compensator {variant!r}: distil_images = {images!r}: name a folder or a data set")
+            _check_distil_images(images, f"compensator {variant!r}")
 
     # --- the grid -------------------------------------------------------------------------------------------
 
@@ -433,8 +442,12 @@ class Study(Settings):
 
     def distil_for(self, variant: str) -> DistilSettings:
         """Return the distil section with a variant's changes."""
-        changes = {key: value for key, value in self.compensators[variant].items() if key != "scales"}
+        changes = {key: value for key, value in self.compensators[variant].items() if key not in OWN_OF_VARIANTS}
         return _changed(self.distil, changes, f"compensator {variant!r}")
+
+    def distil_images_for(self, backbone: str, variant: str) -> str | None:
+        """Return the images that a variant is distilled on: its own, or the backbone's."""
+        return self.compensators[variant].get("distil_images", self.backbone(backbone).distil_images)
 
     def scales_for(self, variant: str) -> tuple[float, ...] | None:
         """Return the candidate scales of a variant that has its own, as multiples of the trained scale."""
@@ -445,7 +458,12 @@ class Study(Settings):
 
     def distilled_as(self, variant: str) -> str:
         """Return the first variant that is distilled in the same way; variants that differ in scales alone share it."""
-        return next(name for name in self.compensators if self.distil_for(name) == self.distil_for(variant))
+
+        def way(name: str) -> tuple:
+            images = tuple(self.distil_images_for(backbone.name, name) for backbone in self.backbones)
+            return self.distil_for(name), images
+
+        return next(name for name in self.compensators if way(name) == way(variant))
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -467,9 +485,9 @@ class Study(Settings):
             words.append(f"--source {shlex.quote(json.dumps(entry.source()))}")
         return " ".join(words)
 
-    def distil_options(self, backbone: str) -> str:
-        """Return the options that name the images that ToCom is distilled on, if they are not the letters."""
-        images = self.backbone(backbone).distil_images
+    def distil_options(self, backbone: str, variant: str) -> str:
+        """Return the options that name the images that a variant is distilled on, if they are not the letters."""
+        images = self.distil_images_for(backbone, variant)
         return f"--images {shlex.quote(images)} --data-root {shlex.quote(self.data.root)}" if images else ""
 
     def pretrain_options(self, backbone: str) -> str:

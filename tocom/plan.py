@@ -99,14 +99,14 @@ def plan(
     rates: Rates,
     models: Mapping[str, Model],
     sizes: Mapping[str, Sizes],
-    distil_images: Mapping[str, int | None],
+    distil_images: Mapping[str | None, int | None],
     catalogue: Mapping[str, DataSet] | None = None,
 ) -> Plan:
     """Work out what a study takes; pure arithmetic.
 
     Args:
         models: backbone -> model. sizes: task, or what is segmented -> images in its splits.
-        distil_images: backbone -> images to distil ToCom on; None: not known, or without end.
+        distil_images: what ToCom is distilled on (None: letters) -> images in it; None: not known, or without end.
 
     Raises:
         TocomError: a rate that is needed is not among those that were measured.
@@ -122,7 +122,7 @@ def plan(
         hours.setdefault(work.stage, Amount()).add(None if work.images is None else work.images * each / 3600)
     unknown = [name for name, splits in sizes.items() if None in splits]
     if any(study.distil_for(variant).images is None for variant in _distilled(study)):
-        unknown += [f"images to distil {name} on" for name, n in distil_images.items() if n is None]
+        unknown += [f"images of {name or 'letters'} to distil on" for name, n in distil_images.items() if n is None]
     return Plan(
         jobs(study, catalogue), passes, hours, disk(study, models, sizes, catalogue), tuple(unknown), rates.device
     )
@@ -171,23 +171,25 @@ def downloads(study: Study, catalogue: Mapping[str, DataSet]) -> list[str]:
     """Return the data sets of the catalogue that are downloaded for the study."""
     names = [task.name for task in study.tasks if task.is_downloaded]
     names += ["ade20k"] if study.segmentation and study.segmentation.is_downloaded else []
-    names += [b.distil_images for b in study.backbones if b.distil_images in catalogue]
+    names += [name for name in images_of(study) if name in catalogue]
     return list(dict.fromkeys(owner_of(name, catalogue) for name in names))
 
 
-def _distilled(study: Study) -> list[str]:
-    """Return the variants of ToCom that are distilled; those that differ in scales alone share one.
+def images_of(study: Study) -> list[str | None]:
+    """Return everything that ToCom is distilled on; None: letters."""
+    pairs = product(study.backbones, _distilled(study))
+    return list(dict.fromkeys(study.distil_images_for(backbone.name, variant) for backbone, variant in pairs))
 
-    Segmentation has the main one alone.
-    """
-    variants = study.variants[:1] if study.segmentation else study.variants
-    return list(dict.fromkeys(study.distilled_as(variant) for variant in variants))
+
+def _distilled(study: Study) -> list[str]:
+    """Return the variants of ToCom that are distilled; those that differ in scales alone share one."""
+    return list(dict.fromkeys(study.distilled_as(variant) for variant in study.variants))
 
 
 # --- passes ---------------------------------------------------------------------------------------------------------
 
 
-def works(study: Study, sizes: Mapping[str, Sizes], distil_images: Mapping[str, int | None]) -> list[Work]:
+def works(study: Study, sizes: Mapping[str, Sizes], distil_images: Mapping[str | None, int | None]) -> list[Work]:
     """Return all passes of images through models.
 
     Where the number depends on what comes out, it is the most there can be: every compensated cell is counted, although
@@ -199,7 +201,7 @@ def works(study: Study, sizes: Mapping[str, Sizes], distil_images: Mapping[str, 
             found += _pretraining(study, Runs(backbone.name, study.compressors[0], backbone.image_size))
         for compressor in study.compressors:
             runs = Runs(backbone.name, compressor, backbone.image_size)
-            found += _distillation(study, runs, distil_images[backbone.name])
+            found += _distillation(study, runs, distil_images)
             for task, checkpoint in product(study.tasks, study.checkpoints):
                 found += _finetuning(study, runs, task, sizes[task.name], checkpoint)
                 found += _evaluation(study, runs, sizes[task.name], checkpoint)
@@ -232,7 +234,7 @@ def _pretraining(study: Study, runs: Runs) -> list[Work]:
     ]
 
 
-def _distillation(study: Study, runs: Runs, available: int | None) -> list[Work]:
+def _distillation(study: Study, runs: Runs, distil_images: Mapping[str | None, int | None]) -> list[Work]:
     """Teacher and student run at degrees drawn evenly from 0 to the highest; the student is also differentiated.
 
     The student's weights are frozen, so that its backward pass is a little cheaper than the one that was timed.
@@ -241,6 +243,7 @@ def _distillation(study: Study, runs: Runs, available: int | None) -> list[Work]
     found = []
     for variant in _distilled(study):
         settings = study.distil_for(variant)
+        available = distil_images[study.distil_images_for(runs.backbone, variant)]
         held_out = settings.held_out if available is None else min(settings.held_out, available // 10)
         left = None if available is None else available - held_out
         images = min((n for n in (left, settings.images) if n is not None), default=None)
@@ -514,7 +517,7 @@ def plan_command(
     sizes = {task.name: task_sizes(study, task, catalogue) for task in study.tasks}
     if study.segmentation:
         sizes[study.segmentation.name] = segmentation_sizes(study, catalogue)
-    images = {backbone.name: distillation_images(study, backbone, catalogue) for backbone in study.backbones}
+    images = {name: distillation_images(name, study.data.root, catalogue) for name in images_of(study)}
     if rates is not None:
         known = read_rates(rates)
     else:

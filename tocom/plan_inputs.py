@@ -145,23 +145,21 @@ def _downloaded_counts(name: str, root: str, catalogue: Mapping[str, DataSet]) -
         return {split: int(number.replace(",", "")) for number, split in stated}
 
 
-def distillation_images(study: Study, backbone: Backbone, catalogue: Mapping[str, DataSet]) -> int | None:
-    """Return how many images there are to distil ToCom on, those that will be held out included.
+def distillation_images(name: str | None, root: str, catalogue: Mapping[str, DataSet]) -> int | None:
+    """Return how many images a folder or data set has to distil ToCom on, those that will be held out included.
 
-    None: not known, or without end, as for generated letters.
+    None: not known, or without end, as for generated letters (name None).
     """
-    if backbone.distil_images is None:
+    if name is None:
         return None
-    if backbone.distil_images in catalogue:
-        total = _downloaded_counts(backbone.distil_images, study.data.root, catalogue).get("train")
-    else:
-        from tocom.data.registry import pretraining_files
+    if name in catalogue:
+        return _downloaded_counts(name, root, catalogue).get("train")
+    from tocom.data.registry import pretraining_files
 
-        try:
-            total = len(pretraining_files(backbone.distil_images, study.data.root))
-        except TocomError:  # the folder is not there yet
-            total = None
-    return total
+    try:
+        return len(pretraining_files(name, root))
+    except TocomError:  # the folder is not there yet
+        return None
 
 
 def describe(backbone: Backbone, segmentation: SegmentationSettings | None = None) -> Model:

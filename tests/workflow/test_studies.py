@@ -20,6 +20,7 @@ from tocom.config import read_study
 from tocom.data.catalogue import read_catalogue
 
 ROOT = Path(__file__).parents[2]
+SCENES = ROOT / "tests" / "configs" / "scenes.yaml"
 #: Study -> data sets that are downloaded, ImageNet-1k to distil on included.
 DOWNLOADS = {
     "cifar100": 2,
@@ -28,7 +29,7 @@ DOWNLOADS = {
     "backbones": 2,
     "compressors": 2,
     "speedup": 2,
-    "ablations": 2,
+    "ablations": 3,
     "gap_transfer": 6,
     "full": 7,
 }
@@ -58,14 +59,24 @@ def expected(name):
     variants = config.get("compensators", {"tocom": {}})
     distilled = len({str(sorted((k, v) for k, v in changes.items() if k != "scales")) for changes in variants.values()})
     checkpoints = len(config["train_degrees"]) * len(config["seeds"]) * len(config["tasks"]) * models
-    once = ("gather_throughput", "gather_transfer", "cells", "significance", "tables", "paper_table", "figures", "all")
+    transfer = config.get("transfer", False)
+    once = (
+        "gather_throughput",
+        *["gather_transfer"] * transfer,
+        "cells",
+        "significance",
+        "tables",
+        "paper_table",
+        "figures",
+        "all",
+    )
     return (
         DOWNLOADS[name]
         + len(config["tasks"])
         + len(config["backbones"])
         + models * distilled
         + 2 * checkpoints
-        + models * 2  # throughput and transfer
+        + models * (2 if transfer else 1)  # throughput and transfer
         + len(once)
     )
 
@@ -90,34 +101,82 @@ def test_the_largest_study_is_planned_within_a_minute_and_two_gigabytes(tmp_path
     jobs = planned(folder, "full")
     elapsed = time.monotonic() - start
     largest_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1000
-    assert expected("full") == 24 * 17 * 3 * 2 + 24 + 7 + 12
+    assert expected("full") == 24 * 17 * 3 * 2 + 24 + 7 + 10
     check_jobs(jobs, "full", expected("full"))
     assert elapsed < 60
     assert largest_mb < 2000
 
 
-@pytest.mark.parametrize("name", [name for name in DOWNLOADS if name != "full"])
-def test_a_tiny_run_of_a_study_makes_a_complete_set_of_tables(tmp_path, name):
+def joint(folder, configs, *words, **environment):
+    """Run the DAG of several studies."""
+    command = [sys.executable, "-m", "snakemake", "--snakefile", "workflow/joint.smk", "--cores", "2", *words]
+    if configs:
+        command += ["--config", f"configs=[{','.join(map(str, configs))}]"]
+    settings = {"capture_output": True, "text": True, "timeout": 1500}
+    return subprocess.run(command, cwd=folder, env=ENVIRONMENT | environment, **settings)
+
+
+def test_the_joint_target_plans_every_study_once(tmp_path):
+    result = joint(workplace(tmp_path), [], "--dry-run", "--quiet", "rules")
+    assert result.returncode == 0, result.stdout + result.stderr
+    counts = {rule: int(n) for rule, n in re.findall(r"^(\w+) +(\d+)$", result.stdout, re.MULTILINE)}
+    studies = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "config").glob("*.yaml")}
+    joined = set(DOWNLOADS) - {"full"} | {"ade20k"}
+    assert {name for name in studies if f"{name}_throughput" in counts} == joined
+    made = {backbone["name"] for name in joined for backbone in studies[name]["backbones"]}
+    assert sum(n for rule, n in counts.items() if rule.endswith("_import_backbone")) == len(made)
+    # cifar100, four of FGVC, VTAB-1k, ImageNet-1k and ADE20k.
+    assert sum(n for rule, n in counts.items() if rule.endswith("_fetch")) == 8
+    checkpoints = {
+        name: len(c["train_degrees"])
+        * len(c["seeds"])
+        * len(c.get("tasks", [0]))
+        * len(c["backbones"])
+        * len(c.get("compressors", [0]))
+        for name, c in studies.items()
+    }
+    trained = {rule: n for rule, n in counts.items() if re.search(r"_finetune_\d+$|_segment_train$", rule)}
+    assert sum(trained.values()) == sum(checkpoints[name] for name in joined)
+
+
+def test_a_tiny_run_of_every_study_makes_a_complete_set_of_tables(tmp_path):
     folder = workplace(tmp_path)
     (tmp_path / "mirror").mkdir()
     catalogue = make_catalogue(tmp_path / "mirror", (tmp_path / "mirror").as_uri())
-    config = folder / "tiny.yaml"
-    config.write_text(yaml.safe_dump(shrink(ROOT / "config" / f"{name}.yaml", tmp_path / "data")))
-    result = subprocess.run(
-        [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", str(config)],
-        cwd=folder,
-        env=ENVIRONMENT | {"TOCOM_CATALOGUE": str(catalogue)},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    configs = [folder / f"{name}.yaml" for name in DOWNLOADS if name != "full"]
+    for config in configs:
+        config.write_text(yaml.safe_dump(shrink(ROOT / "config" / config.name, tmp_path / "data")))
+    result = joint(folder, [*configs, SCENES], TOCOM_CATALOGUE=str(catalogue))
     assert result.returncode == 0, result.stdout + result.stderr
-    study, root = read_study(ROOT / "config" / f"{name}.yaml"), folder / "results" / name
-    for table in study.table_names:
-        for kind in ("md", "tex"):
-            assert (root / "tables" / f"{table}.{kind}").stat().st_size > 0
-    assert "not run" not in (root / "tables" / "paper.md").read_text().replace("not run here", "")
-    cells = pd.read_csv(root / "cells.csv", keep_default_na=False)
-    assert set(cells.compensator) == {"none", *study.variants}
-    assert set(cells.backbone) == {backbone.name for backbone in study.backbones}
-    assert set(cells.compressor) == set(study.compressors)
+    for config in (*configs, SCENES):
+        study, root = read_study(config), folder / "results" / config.stem
+        assert len(study.table_names) > 0
+        for table in study.table_names:
+            for kind in ("md", "tex", "html"):
+                assert (root / "tables" / f"{table}.{kind}").stat().st_size > 0
+        paper = root / "tables" / ("segmentation.md" if study.segmentation else "paper.md")
+        assert "not run" not in paper.read_text().replace("not run here", ""), config.stem
+    for config in configs:
+        study, root = read_study(config), folder / "results" / config.stem
+        cells = pd.read_csv(root / "cells.csv", keep_default_na=False)
+        assert set(cells.compensator) == {"none", *study.variants}
+        assert set(cells.backbone) == {backbone.name for backbone in study.backbones}
+        assert set(cells.compressor) == set(study.compressors)
+        assert set(cells.task) == set(study.task_names)
+    check_scenes(folder / "results" / "scenes")
+    overview = (folder / "results" / "overview.md").read_text()
+    assert all(f"| {config.stem} " in overview for config in (*configs, SCENES))
+    assert "not run" not in overview
+
+
+def check_scenes(root):
+    """Check the cells and the tables of the segmentation study."""
+    study = read_study(SCENES)
+    cells = pd.read_csv(root / "segmentation.csv", keep_default_na=False)
+    assert len(cells) == len(study.seeds) * len(study.train_degrees) * len(study.infer_degrees) * 2  # with, without
+    assert cells.miou.between(0, 100).all()
+    assert (cells.miou_low <= cells.miou).all()
+    assert (cells.miou <= cells.miou_high).all()
+    assert "\\toprule" in (root / "tables" / "segmentation.tex").read_text()
+    speed = pd.read_csv(root / "throughput.csv")
+    assert set(speed.infer_degree) == {0, *study.infer_degrees}

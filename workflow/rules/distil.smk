@@ -5,7 +5,7 @@ rule distil:
     input:
         backbone=backbone_file,
         images=lambda wildcards: fetched(
-            STUDY.backbone(wildcards.backbone).distil_images
+            STUDY.distil_images_for(wildcards.backbone, wildcards.variant)
         ),
     output:
         COMPENSATOR,
@@ -13,6 +13,11 @@ rule distil:
         f"{LOGS}/distil/{{backbone}}/{{compressor}}/{{variant}}.log",
     benchmark:
         f"{BENCHMARKS}/distil/{{backbone}}/{{compressor}}/{{variant}}.tsv"
+    # What other studies keep in the same store is not this one's to make.
+    wildcard_constraints:
+        backbone=any_of(b.name for b in STUDY.backbones),
+        compressor=any_of(STUDY.compressors),
+        variant=any_of(STUDY.variants),
     # The longest job of a small study: start it first.
     priority: 10
     conda:
@@ -26,7 +31,9 @@ rule distil:
     params:
         start=STUDY.launcher("distil"),
         degrees=f"--max-degree {STUDY.max_degree} --seed {STUDY.distil_seed}",
-        images=lambda wildcards: STUDY.distil_options(wildcards.backbone),
+        images=lambda wildcards: STUDY.distil_options(
+            wildcards.backbone, wildcards.variant
+        ),
         settings=lambda wildcards: STUDY.distil_for(wildcards.variant).options(),
     shell:
         "{params.start} distil {input.backbone:q} --compressor {wildcards.compressor} {params.degrees} {params.images}"
