@@ -4,11 +4,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import yaml
 
-from tocom.data.catalogue import find, markdown, owner_of, read_catalogue, select, size_text
+from tocom.data.catalogue import BUNDLED, find, markdown, owner_of, read_catalogue, select, size_text
 from tocom.errors import TocomError
 
 ROOT = Path(__file__).parents[2]
@@ -164,6 +165,26 @@ def test_the_docs_hold_the_table_as_it_is_now(monkeypatch):
     _, marker, table = text.partition("<!-- tocom data list --markdown -->\n\n")
     assert marker
     assert table == markdown(), "run `tocom data list --markdown` and put its table into docs/datasets.md"
+
+
+def test_the_docs_name_the_data_sets_that_several_hosts_have():
+    several = {
+        name
+        for name, entry in read_catalogue(BUNDLED).items()
+        if entry.files and all(len({urlsplit(url).netloc for url in file.urls}) > 1 for file in entry.files)
+    }
+    text = (ROOT / "docs" / "datasets.md").read_text(encoding="utf-8")
+    sentence = re.search(r"Several hosts are known for (.*?)\. For every", text, re.DOTALL)[1]
+    assert set(re.findall(r"`(.*?)`", sentence)) == several
+
+
+def test_the_example_of_the_docs_is_an_entry_in_the_layout_of_its_family(tmp_path):
+    text = (ROOT / "docs" / "datasets.md").read_text(encoding="utf-8")
+    (tmp_path / "c.yaml").write_text(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1], encoding="utf-8")
+    ((name, entry),) = read_catalogue(tmp_path / "c.yaml").items()
+    assert entry.family == "cub"
+    assert f"below data/{name}/" in text
+    assert "holds CUB_200_2011/images.txt" in text
 
 
 def test_every_bundled_entry_verifies_what_it_downloads_or_says_why_not():

@@ -96,8 +96,8 @@ def test_ade20k_is_fetched_checked_read_and_trained_on_for_one_step(world, tmp_p
 
     from tests.small import ARCHITECTURE, KWARGS, build
     from tocom.models import save_model
-    from tocom.segmentation.data import prepare
     from tocom.segmentation.data import load as load_prepared
+    from tocom.segmentation.data import prepare
     from tocom.segmentation.model import load as load_segmenter
     from tocom.segmentation.settings import SegmentationSizes, SegmentationTraining
     from tocom.segmentation.stage import train
@@ -177,13 +177,21 @@ def mine(copy, tmp_path, world):
     return register
 
 
-@pytest.mark.parametrize("name", (*NAMES, "ade20k"))
+@pytest.mark.parametrize("name", [*NAMES, "ade20k"])
 def test_what_is_unpacked_already_is_read_and_registered(copy, mine, name):
     folder = copy(name)
     assert mine(name, folder) == folder
 
 
-@pytest.mark.parametrize("name", (*NAMES, "ade20k"))
+def test_a_check_of_a_registered_folder_reads_its_lists(copy, mine, world, tmp_path):
+    folder = mine("cub200", copy("cub200"))
+    check("cub200", tmp_path / "data", world[1])
+    (folder / "CUB_200_2011" / "images.txt").rename(folder / "CUB_200_2011" / "IMAGES.TXT")
+    with pytest.raises(TocomError, match=r"images\.txt is missing"):
+        check("cub200", tmp_path / "data", world[1])
+
+
+@pytest.mark.parametrize("name", [*NAMES, "ade20k"])
 def test_a_folder_with_anything_else_is_not_registered(mine, tmp_path, name):
     downloads = tmp_path / "downloads"
     downloads.mkdir()
@@ -510,7 +518,7 @@ def test_an_interrupted_unpacking_goes_on_where_it_was(parquet, tmp_path, monkey
 
 def test_a_full_disk_while_unpacking_leaves_only_whole_images_and_the_same_call_goes_on(parquet, tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
-    write_shards(parquet, "validation", [layouts.picture(0, 0), layouts.encode(noise, "PNG")], [0, 1], 1)  # 120 kB
+    write_shards(parquet, "validation", [layouts.picture(0, 0), layouts.encode(noise, "PNG")], [0, 7], 1)  # 120 kB
     with file_limit(50_000), pytest.raises(TocomError, match="cannot write .*free some space or choose another folder"):
         imagenet.unpack_parquet(parquet, tmp_path / "out")
     assert not (tmp_path / "out").exists()

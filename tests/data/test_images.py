@@ -39,9 +39,11 @@ def test_pixels_of_32_bits_are_refused(tmp_path, kind):
     assert "save it with 8 bits a channel" in refusal(tmp_path / "x.tif")
 
 
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("ending", ["png", "ppm", "sgi", "dds", "qoi", "jpg", "bmp", "gif", "webp", "tif"])
-def test_a_damaged_file_is_one_line_or_still_a_picture(tmp_path, ending):
-    """Every byte of the header, one after the other, and every length."""
+def test_a_damaged_file_is_one_line_or_still_a_picture(tmp_path, ending, monkeypatch):
+    """Every byte of the header, one after the other, and many lengths."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # a damaged size would take time and memory
     path = tmp_path / f"x.{ending}"
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 5, 3), dtype=np.uint8)).save(path)
     whole = path.read_bytes()
@@ -51,12 +53,13 @@ def test_a_damaged_file_is_one_line_or_still_a_picture(tmp_path, ending):
     refused = 0
     for content in damaged:
         path.write_bytes(content)
+        error = None
         try:
             assert open_image(path).mode == "RGB"
-        except TocomError as error:
-            refused += 1
-            assert str(error).startswith(str(path))
-            assert "\n" not in str(error)
+        except TocomError as caught:
+            error = str(caught)
+        refused += error is not None
+        assert error is None or (error.startswith(str(path)) and "\n" not in error)
     assert refused > 5
 
 

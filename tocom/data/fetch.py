@@ -298,7 +298,7 @@ class _Job:
     def run(self) -> None:
         """Leave a complete data set in place, or raise and leave no more than the module's text says."""
         local = self._local_files()
-        if self.source is not None and not local:
+        if self.source is not None and (not local or self._is_unpacked(local)):
             self._register(Path(self.source))
             return
         self._check_by_hand(local)
@@ -335,6 +335,18 @@ class _Job:
             names = ", ".join(file.name for file in self.entry.files) or "none"
             raise TocomError(f"--from {self.source} is no file of {self.name}; its files are: {names}")
         return local
+
+    def _is_unpacked(self, local: dict[str, Path]) -> bool:
+        """Whether ``source`` has all but the archives: some data sets keep plain files beside what is unpacked."""
+        from tocom.data.families import FAMILIES, check_layout
+
+        archives = {file.name for file in self.entry.files if file.unpack is not None}
+        if not archives or archives & local.keys() or self.entry.family not in FAMILIES:
+            return False
+        with contextlib.suppress(TocomError):
+            check_layout(self.name, Path(self.source), self.catalogue)
+            return True
+        return False
 
     def _check_by_hand(self, local: dict[str, Path]) -> None:
         missing = [file.name for file in self.entry.files if file.name not in local]
@@ -507,11 +519,14 @@ def _host(url: str) -> str:
 def check(name: str, root: str | os.PathLike, catalogue: CatalogueOrPath = None) -> Record:
     """Hash every file of a fetched data set again.
 
-    Of a data set that is registered where it lies, only the number of files and their bytes are compared.
+    Of a data set that is registered where it lies, only the number of files and their bytes are compared, and its
+    lists are read.
 
     Raises:
         TocomError: the data set is not there, or a file is missing, changed or too many; the first is named.
     """
+    from tocom.data.families import check_layout
+
     entries = as_catalogue(catalogue)
     name = owner_of(name, entries)
     folder = folder_of(name, root, entries)
@@ -525,6 +540,7 @@ def check(name: str, root: str | os.PathLike, catalogue: CatalogueOrPath = None)
                 f"{folder} holds {found[0]:,} files of {found[1]:,} bytes, but {record.count:,} of {record.bytes:,}"
                 f" when it was registered as {name!r}; restore it, or {again} --from {folder}"
             )
+        check_layout(name, folder, entries)
         return record
     if not (folder / SUMS).is_file() or sha256(folder / SUMS) != record.digest:
         raise TocomError(f"{folder / SUMS} is missing or was changed; {again}")

@@ -61,12 +61,12 @@ def _by_stem(folder: Path) -> dict[str, Path]:
 
 def _size(path: Path) -> tuple[int, int]:
     """Return width and height from a file's header."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
             return image.size
-    except (UnidentifiedImageError, OSError) as error:
+    except Exception as error:  # the readers of damaged files have no common base for their errors
         raise TocomError(f"{path} is not a readable image ({error}); unpack the archive again") from None
 
 
@@ -76,12 +76,12 @@ def read_labels(path: str | os.PathLike, classes: int) -> np.ndarray:
     Raises:
         TocomError: it is missing or unreadable, has several channels, or holds another value.
     """
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     try:
         with Image.open(path) as image:
             values = np.asarray(image)
-    except (UnidentifiedImageError, OSError) as error:
+    except Exception as error:  # the readers of damaged files have no common base for their errors
         raise TocomError(f"{path} is not a readable image ({error}); unpack the archive again") from None
     if values.ndim != 2:
         raise TocomError(f"{path} has {values.shape[-1]} channels; an annotation has one, with class numbers")
