@@ -77,6 +77,10 @@ def test_names_of_compressors_match_the_registry():
         (changed(compensators={"none": {}}), "no compensator can be called 'none'"),
         (changed(store="a b;rm"), "use letters, digits"),
         (changed(transfer=True, train_degrees=[0]), "transfer needs tasks to classify"),
+        (
+            changed(tasks=["digits", {"name": "mnist5k", "finetune": {"tuning": {"mode": "lora"}}}]),
+            "transfer needs tasks that are tuned alike",
+        ),
         (changed(paper="transfer", transfer=False), "needs transfer: true"),
         (changed(paper="speedup"), "needs throughput: {training: true}"),
         (changed(finetune={"warmup_epochs": 60, "epochs": 50}), "warmup_epochs 60 exceeds epochs 50"),
@@ -142,8 +146,9 @@ def test_jobs_share_out_every_checkpoint_once(size):
 def test_settings_survive_the_way_through_a_command_line():
     import shlex
 
-    before = FinetuneSettings(lr=3e-4, lr_batch=512, device="cpu")
-    words = shlex.split(before.options())
+    before = FinetuneSettings(lr=3e-4, lr_batch=512, device="cpu", workers=2, save_every=5)
+    words = shlex.split(f"{before.options()} {before.how_options()}")
+    assert "workers" not in before.options()
     assert parse(FinetuneSettings, words[1::2]) == before
     assert set(words[::2]) == {"--set"}
 
@@ -164,6 +169,7 @@ def test_a_task_changes_sections_key_by_key():
     study = parse_study(
         changed(
             tasks=["digits", {"name": "mnist5k", "finetune": {"lr": 1e-4, "tuning": {"mode": "lora"}}}],
+            transfer=False,
             finetune={"epochs": 7, "tuning": {"lora_rank": 3}},
         )
     )
@@ -194,6 +200,12 @@ def test_a_stage_is_started_by_as_many_processes_as_it_asks_for(wanted, start, g
     assert study.launcher("distil").startswith(start)
     assert study.gpus("distil", "cuda") == gpus
     assert study.gpus("distil", "cpu") == 0
+
+
+def test_a_training_job_asks_for_the_cores_of_all_its_processes():
+    study = parse_study(changed(resources={"distil": {"mem_mb": 1, "runtime": 1, "processes": 4}}))
+    assert study.threads("finetune", FinetuneSettings(threads=2)) == 2
+    assert study.threads("distil", FinetuneSettings(threads=2, workers=3)) == 4 * 5
 
 
 def test_images_of_timm_models_are_listed_and_those_augmented_in_memory_are_decoded():

@@ -30,6 +30,7 @@ from tocom.settings import (
     DistilSettings,
     EvaluateSettings,
     FinetuneSettings,
+    Optimisation,
     Positive,
     PretrainSettings,
     Settings,
@@ -327,6 +328,8 @@ class Study(Settings):
     def _tables_can_be_made(self) -> None:
         if self.transfer and (self.segmentation or len(self.fixed_train_degrees) < 2):
             raise ValueError("transfer needs tasks to classify, and two fixed train degrees")
+        if self.transfer and any(self.finetune_for(n).tuning != self.finetune.tuning for n in self.task_names):
+            raise ValueError("transfer needs tasks that are tuned alike; leave tuning to the study's finetune section")
         if self.paper == "transfer" and not self.transfer:
             raise ValueError("paper: transfer needs transfer: true")
         if self.paper == "speedup" and not self.throughput.training:
@@ -546,6 +549,10 @@ class Study(Settings):
         gpus = self.gpus(stage, train.device)
         claim = f"python -m tocom.gpus --count {gpus} -- " if gpus else ""
         return f"{claim}torchrun --standalone {each}"
+
+    def threads(self, stage: str, training: Optimisation) -> int:
+        """Return the CPU cores on each node that a training job of a stage keeps busy: torch's, and image loaders'."""
+        return getattr(self.resources, stage).processes * (training.threads + training.workers)
 
     def gpus(self, stage: str, device: str) -> int:
         """Return the GPUs on each node that a job of a stage asks for."""

@@ -7,7 +7,7 @@ workflow with thousands of jobs is planned quickly.
 from __future__ import annotations
 
 import json
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -29,6 +29,8 @@ class Settings(BaseModel):
     """Base of all settings: unknown keys are errors, values cannot be changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    #: Settings that say how the work is done; the result does not depend on them.
+    HOW: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def meaning(cls, name: str) -> str:
@@ -36,23 +38,37 @@ class Settings(BaseModel):
         fields = [base.model_fields[name] for base in cls.__mro__ if name in getattr(base, "model_fields", {})]
         return next((field.description for field in fields if field.description), "")
 
-    def options(self) -> str:
-        """Return the settings as ``--set key=value`` options, for a shell command that shows all of them."""
-        import shlex
+    def recipe(self) -> dict[str, Any]:
+        """Return what the result depends on, as JSON."""
+        return self.model_dump(mode="json", exclude=set(self.HOW))
 
-        values = self.model_dump(mode="json")
-        return " ".join(f"--set {shlex.quote(f'{key}={json.dumps(value)}')}" for key, value in values.items())
+    def options(self) -> str:
+        """Return what the result depends on as ``--set key=value`` options, for a shell command that shows it."""
+        return _as_options(self.recipe())
+
+    def how_options(self) -> str:
+        """Return the other settings as such options."""
+        return _as_options(self.model_dump(mode="json", include=set(self.HOW)))
+
+
+def _as_options(values: dict[str, Any]) -> str:
+    import shlex
+
+    return " ".join(f"--set {shlex.quote(f'{key}={json.dumps(value)}')}" for key, value in values.items())
 
 
 class Optimisation(Settings):
     """Settings that all training stages share."""
+
+    HOW: ClassVar[frozenset[str]] = frozenset({"workers", "save_every", "keep_states"})
 
     epochs: Positive = Field(10, description="passes over the training images")
     batch_size: Positive = Field(64, description="images a step, over all processes")
     micro_batch_size: Positive | None = Field(
         None,
         description="images a forward pass: a step is made of batch_size / micro_batch_size of them, one after another"
-        " or on several processes; null: one for every process",
+        " or on several processes; null: one for every process. Random draws (degrees, dropout) follow the"
+        " micro-batches, so null gives other results on another number of processes; a fixed size does not",
     )
     optimizer: str = Field("adamw", description="one of timm's optimizers")
     lr: float = Field(5e-4, gt=0, description="peak learning rate")
@@ -67,6 +83,9 @@ class Optimisation(Settings):
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast; fp16 scales its loss")
     compile: str | None = Field(None, description="a backend of torch.compile, such as inductor; null: not compiled")
+    deterministic: bool = Field(
+        True, description="refuse GPU operations whose results vary from run to run; false: warn only"
+    )
     save_every: Positive | None = Field(
         None, description="steps between two saved states, besides those at the end of every epoch"
     )
@@ -90,10 +109,6 @@ class Optimisation(Settings):
     def peak_lr(self) -> float:
         """Learning rate after linear scaling with the batch size."""
         return self.lr * self.batch_size / self.lr_batch if self.lr_batch else self.lr
-
-    def recipe(self) -> dict:
-        """Return what the result depends on, as JSON: all settings but those that only say how the work is done."""
-        return self.model_dump(mode="json", exclude={"workers", "save_every", "keep_states"})
 
 
 class Augmentation(Settings):

@@ -36,17 +36,19 @@ rule pretrain_backbone:
         backbone=any_of(PRETRAINED),
     conda:
         "../envs/tocom.yaml"
-    threads: STUDY.pretrain.threads
+    threads: STUDY.threads("backbone", STUDY.pretrain)
     resources:
         mem_mb=memory("backbone"),
         runtime=minutes("backbone"),
         gpu=STUDY.gpus("backbone", STUDY.pretrain.device),
+        # Not parameters, since how the work is done changes no result.
+        how=STUDY.pretrain.how_options(),
     params:
         model=lambda wildcards: STUDY.pretrain_options(wildcards.backbone),
         degrees=options("degree", range(STUDY.max_degree + 1)),
         settings=STUDY.pretrain.options(),
     shell:
-        "tocom pretrain {params.model} {params.degrees} {params.settings} --output {output} > {log} 2>&1"
+        "tocom pretrain {params.model} {params.degrees} {params.settings} {resources.how} --output {output} > {log} 2>&1"
 
 
 rule pretrain:

@@ -75,6 +75,11 @@ def minutes(stage):
     return lambda wildcards, attempt: getattr(STUDY.resources, stage).runtime * attempt
 
 
+def cores(stage, training):
+    """Return the CPU cores that a training job asks for; ``training`` gives its settings."""
+    return lambda wildcards: STUDY.threads(stage, training(wildcards))
+
+
 def any_of(names):
     """Return a regular expression for a wildcard that is one of some names."""
     return "|".join(map(re.escape, names)) or "(?!)"

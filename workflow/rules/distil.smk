@@ -22,19 +22,21 @@ rule distil:
     priority: 10
     conda:
         "../envs/tocom.yaml"
-    threads: STUDY.distil.threads
+    threads: cores("distil", lambda wildcards: STUDY.distil_for(wildcards.variant))
     resources:
         mem_mb=memory("distil"),
         runtime=minutes("distil"),
         gpu=STUDY.gpus("distil", STUDY.distil.device),
         nodes=STUDY.resources.distil.nodes,
-    params:
+        # Not parameters, since how the work is done changes no result.
         start=STUDY.launcher("distil"),
+        how=lambda wildcards: STUDY.distil_for(wildcards.variant).how_options(),
+    params:
         degrees=f"--max-degree {STUDY.max_degree} --seed {STUDY.distil_seed}",
         images=lambda wildcards: STUDY.distil_options(
             wildcards.backbone, wildcards.variant
         ),
         settings=lambda wildcards: STUDY.distil_for(wildcards.variant).options(),
     shell:
-        "{params.start} distil {input.backbone:q} --compressor {wildcards.compressor} {params.degrees} {params.images}"
-        " {params.settings} --output {output} > {log} 2>&1"
+        "{resources.start} distil {input.backbone:q} --compressor {wildcards.compressor} {params.degrees} {params.images}"
+        " {params.settings} {resources.how} --output {output} > {log} 2>&1"

@@ -16,14 +16,16 @@ for _index, _batch in enumerate(STUDY.batches):
             f"{BENCHMARKS}/finetune/{{backbone}}/{{compressor}}/{{task}}/batch-{_index}.tsv"
         conda:
             "../envs/tocom.yaml"
-        threads: STUDY.finetune.threads
+        threads: cores("finetune", lambda wildcards: STUDY.finetune_for(wildcards.task))
         resources:
             mem_mb=memory("finetune"),
             runtime=minutes("finetune"),
             gpu=STUDY.gpus("finetune", STUDY.finetune.device),
             nodes=STUDY.resources.finetune.nodes,
-        params:
+            # Not parameters, since how the work is done changes no result.
             start=STUDY.launcher("finetune"),
+            how=lambda wildcards: STUDY.finetune_for(wildcards.task).how_options(),
+        params:
             template=lambda wildcards, output: placed(
                 CHECKPOINT.format(**wildcards, train_degree="{degree}", seed="{seed}"),
                 output[0],
@@ -33,6 +35,6 @@ for _index, _batch in enumerate(STUDY.batches):
             settings=lambda wildcards: STUDY.finetune_for(wildcards.task).options(),
             fine_tuned=lambda wildcards: STUDY.fine_tuned_option(wildcards.task),
         shell:
-            "{params.start} finetune {input.backbone:q} {input.data} --compressor {wildcards.compressor}"
-            " {params.runs} {params.degrees} {params.fine_tuned} {params.settings} --output '{params.template}'"
+            "{resources.start} finetune {input.backbone:q} {input.data} --compressor {wildcards.compressor}"
+            " {params.runs} {params.degrees} {params.fine_tuned} {params.settings} {resources.how} --output '{params.template}'"
             " > {log} 2>&1"

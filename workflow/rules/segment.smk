@@ -46,18 +46,20 @@ rule segment_train:
         f"{BENCHMARKS}/segment/train/{_RUN}.tsv"
     conda:
         "../envs/tocom.yaml"
-    threads: STUDY.segmentation.train.threads
+    threads: STUDY.threads("finetune", STUDY.segmentation.train)
     resources:
         mem_mb=memory("finetune"),
         runtime=minutes("finetune"),
         gpu=STUDY.gpus("finetune", STUDY.segmentation.train.device),
         nodes=STUDY.resources.finetune.nodes,
-    params:
+        # Not parameters, since how the work is done changes no result.
         start=STUDY.launcher("finetune"),
+        how=STUDY.segmentation.train.how_options(),
+    params:
         run="--compressor {compressor} --degree {train_degree} --seed {seed}",
         settings=STUDY.segmentation.train.options(),
     shell:
-        "{params.start} segment train {input.backbone:q} {input.data} {params.run} {params.settings} --output {output}"
+        "{resources.start} segment train {input.backbone:q} {input.data} {params.run} {params.settings} {resources.how} --output {output}"
         " > {log} 2>&1"
 
 
