@@ -27,6 +27,10 @@ rule distil:
         mem_mb=memory("distil"),
         runtime=minutes("distil"),
         gpu=STUDY.gpus("distil", STUDY.distil.device),
+        # Slurm's plugin would ask for the threads for each GPU.
+        cpus_per_task=cores(
+            "distil", lambda wildcards: STUDY.distil_for(wildcards.variant)
+        ),
         nodes=STUDY.resources.distil.nodes,
         # Not parameters, since how the work is done changes no result.
         start=STUDY.launcher("distil"),

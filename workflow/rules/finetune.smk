@@ -21,6 +21,10 @@ for _index, _batch in enumerate(STUDY.batches):
             mem_mb=memory("finetune"),
             runtime=minutes("finetune"),
             gpu=STUDY.gpus("finetune", STUDY.finetune.device),
+            # Slurm's plugin would ask for the threads for each GPU.
+            cpus_per_task=cores(
+                "finetune", lambda wildcards: STUDY.finetune_for(wildcards.task)
+            ),
             nodes=STUDY.resources.finetune.nodes,
             # Not parameters, since how the work is done changes no result.
             start=STUDY.launcher("finetune"),

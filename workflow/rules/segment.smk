@@ -51,6 +51,8 @@ rule segment_train:
         mem_mb=memory("finetune"),
         runtime=minutes("finetune"),
         gpu=STUDY.gpus("finetune", STUDY.segmentation.train.device),
+        # Slurm's plugin would ask for the threads for each GPU.
+        cpus_per_task=STUDY.threads("finetune", STUDY.segmentation.train),
         nodes=STUDY.resources.finetune.nodes,
         # Not parameters, since how the work is done changes no result.
         start=STUDY.launcher("finetune"),
