@@ -436,6 +436,9 @@ def cells(
     task: Annotated[list[str], typer.Option()],
     train_degree: Annotated[list[str], typer.Option()],
     seed: Annotated[list[int], typer.Option()],
+    partial: Annotated[
+        bool, typer.Option("--partial", help="Leave out what is missing, and say how much is there.")
+    ] = False,
 ) -> None:
     """Gather the predictions of a grid into one tidy table, a row for each cell."""
     from itertools import product
@@ -444,7 +447,13 @@ def cells(
 
     with timed("analyse"):
         grid = product(backbone, compressor, task, train_degree, seed)
-        write_rows(gather(study, [(point[0], prediction_file(predictions, *point)) for point in grid]), output)
+        files = [(point[0], prediction_file(predictions, *point)) for point in grid]
+        if partial:
+            planned, files = len(files), [(name, path) for name, path in files if path.is_file()]
+            _say(f"{len(files)} of {planned} prediction files are there")
+            if not files:
+                raise TocomError(f"no predictions of this grid in {predictions}; run some of the study first")
+        write_rows(gather(study, files), output)
 
 
 @analyse.command()
@@ -531,25 +540,26 @@ def paper_table(
 @analyse.command()
 def overview(
     configs: Annotated[list[Path], typer.Argument(help="Configs of studies, run or not.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for overview.{md,tex,html}.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Files to write, less .md, .tex and .html.")],
     results: Annotated[Path, typer.Option(help="Folder of the studies' results.")] = Path("results"),
 ) -> None:
     """Write one table of all studies: the published figure, ours, and how much of each study was run."""
-    from tocom.analysis.overview import overview as line
+    from tocom.analysis.overview import overview as lines_of
     from tocom.analysis.overview import write_joint
     from tocom.config import read_study
 
     studies = [read_study(path) for path in configs]
     with timed("analyse"):
         lines = [
-            line(
+            line
+            for study in studies
+            for line in lines_of(
                 study.study,
                 "segmentation" if study.segmentation else study.paper or "degrees",
                 results / study.study,
                 study.model_dump(),
                 study.groups,
             )
-            for study in studies
         ]
         write_joint(lines, output)
 
@@ -643,9 +653,12 @@ def _columns(texts: list[str] | None, option: str = "--column") -> dict[str, str
 
 def _json(text: str, option: str) -> dict:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except json.JSONDecodeError as error:
         raise TocomError(f"{option} {text!r} is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise TocomError(f"{option} {text!r} is no JSON object; write names and values, for example '{{\"depth\": 6}}'")
+    return value
 
 
 def _source(text: str):

@@ -115,7 +115,9 @@ def table(
         ]
         frame, conditions = gather(study, [(name, path) for name, path in grid if path.is_file()], resamples)
         models = list(product(backbone, compressor))
-        write_tables(make_tables(conditions, task, models, train_degree, infer_degree, variant, resamples), tables)
+        degrees = train_degree, infer_degree
+        made = make_tables(conditions, task, models, *degrees, variant, resamples, n_seeds=len(seed))
+        write_tables(made, tables)
         write_text(output, frame.to_csv(index=False, lineterminator="\n"))
 
 

@@ -14,6 +14,8 @@ DEGREES = (0, 4, 12)
 #: Share of test images that a model trained at m and run at n gets right; ToCom adds to it where it drops.
 PLAIN = {0: {0: 0.96, 4: 0.96, 12: 0.80}, 12: {0: 0.90, 4: 0.91, 12: 0.92}}
 GAIN = {(0, 12): 0.06, (12, 0): 0.02}
+#: What timm calls the backbones, as far as it has them.
+TIMM = {"deit_b": "deit_base_patch16_224.fb_in1k", "deit_s": "deit_small_patch16_224.fb_in1k"}
 #: How much of the gain each variant of the compensator has.
 VARIANTS = {"tocom": 1.0, "rank1": 0.5}
 
@@ -81,7 +83,7 @@ def make(root, groups, models=(("vit", "tome"),), variants=None):
 def config(groups, backbones=("vit",), compressors=("tome",), variants=("tocom",), degrees=DEGREES):
     """Return the config that asks for exactly such a study."""
     return {
-        "backbones": [{"name": name} for name in backbones],
+        "backbones": [{"name": name, "timm": TIMM.get(name)} for name in backbones],
         "compressors": list(compressors),
         "tasks": list(groups),
         "seeds": list(SEEDS),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 from tests.analysis import made_up
 from tocom.analysis.cells import read_cells
@@ -14,12 +15,15 @@ from tocom.analysis.grid import Grid
 from tocom.analysis.overview import ASKS, joint, overview, write_joint
 from tocom.analysis.paper import FORMS, paper_table, write_paper
 from tocom.analysis.published import Published, largest_gain, read_published
+from tocom.analysis.significance import group_scopes
+from tocom.cli import app
 from tocom.config import PaperTable
 from tocom.errors import TocomError
 from tocom.files import save_arrays
 
 ROOT = Path(__file__).parents[2]
 FGVC = {"cub": "FGVC", "dogs": "FGVC"}
+CIFAR = {"c": "CIFAR-100"}
 MODELS = [("deit_b", "tome"), ("deit_b", "evit"), ("deit_s", "tome"), ("deit_s", "evit")]
 
 
@@ -85,14 +89,39 @@ def test_the_grid_of_a_real_config_counts_what_the_workflow_evaluates():
 # --- published figures ----------------------------------------------------------------------------------------------
 
 
+DEIT_B = "deit_base_patch16_224.fb_in1k"
+
+
 def test_published_figures_are_those_of_the_papers_abstract_and_its_segmentation():
-    gains = {name: largest_gain(name).value for name in ("CIFAR-100", "FGVC", "VTAB-1k")}
-    assert gains == {"CIFAR-100": 2.3, "FGVC": 1.5, "VTAB-1k": 2.0}
-    assert largest_gain("real tasks") is None
+    from tocom.config import read_study
+
+    gains = {f.group: f for f in read_published() if f.of == "largest gain"}
+    assert {name: f.value for name, f in gains.items()} == {"CIFAR-100": 2.3, "FGVC": 1.5, "VTAB-1k": 2.0}
+    groups = group_scopes(read_study(ROOT / "config/full.yaml").groups)
+    assert {name: f.tasks for name, f in gains.items()} == {s.name: len(s.tasks) for s in groups if s.name in gains}
+    assert len(gains) == 3
     assert {figure.source for figure in read_published()} == {"arXiv 2408.06798"}
     miou = {(f.infer_degree, f.compensated): f.value for f in read_published() if f.of == "miou"}
     assert miou[16, True] - miou[16, False] == pytest.approx(2.1)
     assert len(read_published()) == 3 + 7 + 4
+
+
+@pytest.mark.parametrize(
+    ("value", "group", "tasks", "compressor", "timm"),
+    [
+        (2.3, "CIFAR-100", 1, "tome", DEIT_B),
+        (2.0, "VTAB-1k", 19, "tome", "deit_base_patch16_224"),
+        (None, "CIFAR-100", 1, "evit", DEIT_B),
+        (None, "CIFAR-100", 1, "tome", "vit_tiny_patch16_224"),
+        (None, "CIFAR-100", 1, "tome", "deit_base_distilled_patch16_224"),
+        (None, "CIFAR-100", 1, "tome", None),
+        (None, "FGVC", 2, "tome", DEIT_B),
+        (None, "real tasks", 1, "tome", DEIT_B),
+    ],
+)
+def test_a_published_gain_stands_beside_the_same_model_and_tasks_alone(value, group, tasks, compressor, timm):
+    found = largest_gain(group, tasks, compressor, timm)
+    assert (found and found.value) == value
 
 
 def test_a_figure_that_is_not_one_is_refused(tmp_path):
@@ -118,15 +147,21 @@ def test_degrees_come_with_the_largest_gain_beside_the_published_one(study):
     best = tests.loc[tests.gain.idxmax()]
     assert found[2] == f"{best.gain:+.1f} [{best.low:+.1f}, {best.high:+.1f}]***"
     assert found[2].startswith("+6.0 [")
-    assert found[3:] == ["0 → 12", "+1.5"]
+    # From 0: nothing at 4 and 6.0 at 12, 3.0 in the mean; from 12: 2.0 at 0 and nothing at 4. FGVC has four data sets.
+    assert found[3:] == ["0 → 12", "+3.0 ± 0.0", "0", "—"]
     assert gains.header[-1] == "published"
-    assert "arXiv 2408.06798" in gains.caption
+    for words in ("arXiv 2408.06798", "not corrected for having been picked", "is uncertain"):
+        assert words in gains.caption
 
 
-def test_the_published_gain_of_tome_does_not_stand_beside_another_compressor(tmp_path):
-    config = made_up.config(FGVC, compressors=("tome", "evit"))
-    gains = paper_table("degrees", tmp_path / "never", config, FGVC)[-1]
-    assert [r[-1] for r in texts(gains)] == ["+1.5", "—"]
+def test_the_average_over_vtab1k_is_explained(tmp_path):
+    vtab = {"a": "VTAB-1k natural", "b": "VTAB-1k specialised"}
+    *tables, gains = paper_table("degrees", tmp_path / "never", made_up.config(vtab), vtab)
+    note = "VTAB-1k is the mean of its tasks, 19 in all; other papers average the means of its three groups"
+    assert [note in table.caption for table in tables] == [False, False, True]
+    assert note in gains.caption
+    joined = [joint(overview("s", "degrees", tmp_path, made_up.config(g), g)).caption for g in (vtab, FGVC)]
+    assert [note in caption for caption in joined] == [True, False]
 
 
 def test_a_cell_that_was_cut_is_not_run_in_its_place_alone(study):
@@ -141,7 +176,7 @@ def test_a_cell_that_was_cut_is_not_run_in_its_place_alone(study):
     ]
     assert changed == [(0, 4), (2, 4)]  # the plain accuracy, and the gain over it
     assert texts(after)[0][4] == texts(after)[2][4] == "not run"
-    assert row(gains, "FGVC")[3] == "12 → 0"  # the largest of those that were run
+    assert row(gains, "FGVC")[3:6] == ["12 → 0", "+1.0 ± 0.0", "12"]  # the largest of those that were run
 
 
 def test_seeds_that_are_missing_are_counted(study):
@@ -162,41 +197,53 @@ def test_planned_degrees_that_no_cell_has_are_not_run(study):
 @pytest.fixture(scope="module")
 def several(tmp_path_factory):
     root = tmp_path_factory.mktemp("several")
-    made_up.make(root, {"cub": "FGVC"}, models=MODELS)
+    made_up.make(root, CIFAR, models=MODELS)
     return root
 
 
 def several_config():
-    return made_up.config(["cub"], backbones=("deit_b", "deit_s"), compressors=("tome", "evit"))
+    return made_up.config(CIFAR, backbones=("deit_b", "deit_s"), compressors=("tome", "evit"))
 
 
-def test_backbones_and_compressors_have_a_block_each(several):
-    (by_backbone,) = paper_table("backbones", several, several_config(), {"cub": "FGVC"})
-    assert by_backbone.header == ["backbone", "method", "0 → 0", "0 → 4", "0 → 12", "published"]
-    assert [r[0] for r in texts(by_backbone) if r[0]] == ["deit_b", "deit_b", "deit_s", "deit_s"]
+def test_backbones_and_compressors_have_a_block_each_with_every_train_degree(several):
+    by_backbone, largest = paper_table("backbones", several, several_config(), CIFAR)
+    assert by_backbone.header == ["backbone, train degree", "method", "0", "4", "12"]
+    lines = ("0", "12", "random", "matched")
+    blocks = [f"{name}, {line}" for name in ("deit_b", "deit_b", "deit_s", "deit_s") for line in lines]
+    assert [r[0] for r in texts(by_backbone) if r[0]] == blocks
     gains = [r for r in texts(by_backbone) if r[1] == "gain"]
-    assert len(gains) == 4
-    for gain in gains:
-        assert gain[2] == "–"
-        assert gain[4].startswith("+6.0 [")
-        assert gain[5] == "—"
-    assert "not at hand" in by_backbone.caption
-    (by_compressor,) = paper_table("compressors", several, several_config(), {"cub": "FGVC"})
-    names = [(r[0], r[1]) for r in texts(by_compressor) if r[0]]
-    assert names == [
-        ("merging (deit_b)", "ToMe"),
-        ("pruning (deit_b)", "EViT"),
-        ("merging (deit_s)", "ToMe"),
-        ("pruning (deit_s)", "EViT"),
+    assert len(gains) == 8
+    for at_0, at_12 in zip(gains[::2], gains[1::2], strict=True):
+        assert at_0[2] == at_12[4] == "–"
+        assert at_0[4].startswith("+6.0 [")
+        assert at_12[2].startswith("+2.0 [")
+    assert row(by_backbone, "deit_s, 12")[2:] == ["90.0 ± 0.0", "91.0 ± 0.0", "92.0 ± 0.0"]
+    assert row(by_backbone, "deit_s, matched")[2:] == ["96.0 ± 0.0", "not run", "92.0 ± 0.0"]
+    assert by_backbone.rules == tuple(start + rule for start in (0, 8, 16, 24) for rule in (0, 3, 6) if start + rule)
+    assert [(r[1], r[-1]) for r in texts(largest)] == [
+        ("deit_b, ToMe", "+2.3"),
+        ("deit_b, EViT", "—"),
+        ("deit_s, ToMe", "—"),
+        ("deit_s, EViT", "—"),
     ]
+    by_compressor, largest = paper_table("compressors", several, several_config(), CIFAR)
+    names = [(r[0], r[1]) for r in texts(by_compressor) if r[0].endswith(", 12")]
+    assert names == [
+        ("merging (deit_b), 12", "ToMe"),
+        ("pruning (deit_b), 12", "EViT"),
+        ("merging (deit_s), 12", "ToMe"),
+        ("pruning (deit_s), 12", "EViT"),
+    ]
+    assert [r[-1] for r in texts(largest)] == ["+2.3", "—", "—", "—"]
 
 
 def test_a_backbone_that_was_not_run_is_shown_so(several):
-    config = made_up.config(["cub"], backbones=("deit_b", "mae"))
-    (table,) = paper_table("backbones", several, config, {"cub": "FGVC"})
-    block = texts(table)[3:]
-    assert block[0] == ["mae", "ToMe", *["not run"] * 3, ""]
-    assert block[2] == ["", "gain", *["not run"] * 3, "—"]
+    config = made_up.config(CIFAR, backbones=("deit_b", "mae"))
+    table, largest = paper_table("backbones", several, config, CIFAR)
+    block = texts(table)[8:]
+    assert block[0] == ["mae, 0", "ToMe", *["not run"] * 3]
+    assert block[7] == ["mae, matched", "ToMe", *["not run"] * 3]
+    assert row(largest, "CIFAR-100", "mae, ToMe")[2:] == [*["not run"] * 4, "—"]
 
 
 def test_speedup_shows_training_speed_and_accuracy_without_compression(study):
@@ -220,6 +267,9 @@ def test_speedup_shows_training_speed_and_accuracy_without_compression(study):
 
 def test_ablation_has_every_variant_with_gain_p_and_kl(study, tmp_path):
     save_arrays(tmp_path / "c.safetensors", {"a": pd.Series([1.0]).to_numpy()}, {"held_out_kl": 0.12345})
+    save_arrays(
+        tmp_path / "t.safetensors", {"a": pd.Series([1.0]).to_numpy()}, {"held_out_kl": 0.1, "held_out_kl_without": 0.9}
+    )
     files = {("vit", "tome", "rank1"): tmp_path / "c.safetensors"}
     (table,) = paper_table("ablation", study, CONFIG, FGVC, compensators=files)
     assert table.header == ["compensator", "changes", "0 → 4", "0 → 12", "12 → 0", "12 → 4", "KL"]
@@ -227,7 +277,12 @@ def test_ablation_has_every_variant_with_gain_p_and_kl(study, tmp_path):
     assert row(table, "tocom")[1:4] == ["as configured", "96.0 ± 0.0", "86.0 ± 0.0"]
     assert row(table, "tocom")[-1] == "not run"
     assert row(table, "rank1")[1:4] == ["rank = 1", "96.0 ± 0.0", "83.0 ± 0.0"]
+    assert row(table, "none")[-1] == "not run"
     assert row(table, "rank1")[-1] == "0.1235"
+    # A variant that shares the file of another has no KL of its own.
+    shared = {("vit", "tome", name): tmp_path / "t.safetensors" for name in ("tocom", "rank1")}
+    (other,) = paper_table("ablation", study, CONFIG, FGVC, compensators=shared)
+    assert [row(other, name)[-1] for name in ("none", "tocom", "rank1")] == ["0.9000", "0.1000", "–"]
     gain = texts(table)[4][3]
     assert re.fullmatch(r"\+3\.0 \[\+\d\.\d, \+\d\.\d\]\*\*\*, p (< 0\.0001|= 0\.000\d)", gain)
     assert made_up.cut(study, compensator="rank1", train_degree="12") > 0
@@ -245,14 +300,17 @@ def test_a_variant_that_the_config_plans_and_nobody_ran_is_shown_so(study):
 def test_transfer_is_the_change_over_adding_no_gap(study):
     (table,) = paper_table("transfer", study, CONFIG, FGVC)
     assert texts(table) == [
+        ["none", "accuracy", "80.0 ± 0.0", "80.0 ± 0.0"],
         ["cub", "change", "+3.1 ± 0.1", "+1.1 ± 0.1"],
         ["dogs", "change", "+1.1 ± 0.1", "+3.1 ± 0.1"],
     ]
     frame = pd.read_csv(study / "transfer.csv", keep_default_na=False)
     gone = (frame.source_task == "cub") & (frame.target_task == "dogs")
+    gone |= (frame.source_task == "none") & (frame.target_task == "cub") & (frame.seed == 2)
     frame[~gone].to_csv(study / "transfer.csv", index=False)
     (table,) = paper_table("transfer", study, CONFIG, FGVC)
-    assert row(table, "cub")[2:] == ["+3.1 ± 0.1", "not run"]
+    assert row(table, "cub")[2:] == ["+3.1 ± 0.1 (2 of 3 seeds)", "not run"]
+    assert row(table, "none")[2:] == ["80.0 ± 0.0 (2 of 3 seeds)", "80.0 ± 0.0"]
 
 
 def test_another_variant_can_be_the_main_one(study):
@@ -281,7 +339,7 @@ def test_a_study_that_was_never_run_has_its_whole_table(kind, made, tmp_path):
     assert [table.title for table in never] == [table.title for table in full]
     for table, other in zip(never, full, strict=True):
         assert len(table.rows) == len(other.rows)
-        measured = [cell for r in texts(table) for cell in r[2:] if cell not in ("", "–", "—", "+1.5")]
+        measured = [cell for r in texts(table) for cell in r[2:] if cell not in ("", "–", "—")]
         assert measured
         assert set(measured) == {"not run"}
 
@@ -298,15 +356,16 @@ def test_the_overview_counts_what_was_run(made, study, tmp_path):
     gone = made_up.cut(study, task="dogs", seed=2)
     table = joint(
         [
-            overview("fgvc", "degrees", made, CONFIG, FGVC),
-            overview("fgvc_half", "degrees", study, CONFIG, FGVC),
-            overview("cifar", "degrees", tmp_path / "never", made_up.config({"c": "CIFAR-100"}), {"c": "CIFAR-100"}),
-            overview("speed", "speedup", made, CONFIG, FGVC),
-            overview("gap", "transfer", made, CONFIG, FGVC),
+            *overview("fgvc", "degrees", made, CONFIG, FGVC),
+            *overview("fgvc_half", "degrees", study, CONFIG, FGVC),
+            *overview("cifar", "degrees", tmp_path / "never", made_up.config(CIFAR, ("deit_b",)), CIFAR),
+            *overview("speed", "speedup", made, CONFIG, FGVC),
+            *overview("gap", "transfer", made, CONFIG, FGVC),
         ]
     )
     first = line(table, "fgvc")
-    assert first["published"] == "+1.5"
+    assert first["published"] == "—"  # of FGVC's four data sets there are two, and the model is not DeiT-B
+    assert first["mean gain (ours)"] == "+3.0 (from 0)"
     assert first["ours"].startswith("+6.0 [")
     assert first["ours"].endswith("(0 → 12)")
     assert (first["cells"], first["status"]) == (f"{n} of {n}", "run")
@@ -314,6 +373,9 @@ def test_the_overview_counts_what_was_run(made, study, tmp_path):
     assert (half["cells"], half["status"]) == (f"{n - gone} of {n}", "partly run")
     never = line(table, "cifar")
     assert (never["published"], never["ours"], never["status"]) == ("+2.3", "not run", "not run")
+    assert never["mean gain (ours)"] == "not run"
+    for words in ("DeiT-B with ToMe", "not corrected for having been picked", "is uncertain"):
+        assert words in table.caption
     assert never["cells"] == f"0 of {3 * (2 * 3 * 2 + 3)}"
     assert line(table, "speed")["ours"].endswith("(12 → 0)")
     assert line(table, "speed")["published"] == "—"
@@ -323,23 +385,54 @@ def test_the_overview_counts_what_was_run(made, study, tmp_path):
 
 
 def test_the_overview_names_the_model_where_there_are_several(several):
-    found = overview("backbones", "backbones", several, several_config(), {"cub": "FGVC"})
+    (found,) = overview("backbones", "backbones", several, several_config(), CIFAR)
     assert re.search(r"\(0 → 12, deit_[bs], (ToMe|EViT)\)$", found.ours)
+
+
+def test_the_published_gain_stands_beside_its_own_model_in_the_overview(several):
+    significance = pd.read_csv(several / "significance.csv")
+    significance.loc[significance.backbone == "deit_s", "gain"] += 50  # must not be picked: it is another model
+    groups = CIFAR | {"own": "own tasks"}
+    config = several_config() | {"tasks": list(groups)}
+    first, rest = overview("s", "degrees", several, config, groups)
+    assert (first.what, first.published) == ("largest average gain, CIFAR-100", "+2.3")
+    assert first.ours.startswith("+6.0 [")
+    assert first.ours.endswith("(0 → 12, deit_b, ToMe)")
+    assert (first.mean, first.status) == ("+3.0 (from 0, deit_b, ToMe)", "run")
+    assert (rest.what, rest.published, rest.ours) == ("largest average gain, all tasks", "—", "not run")
+    assert rest.status == "partly run"
+
+
+def test_the_command_gives_the_largest_study_a_line_for_each_published_group(tmp_path):
+    configs = [ROOT / "config" / f"{name}.yaml" for name in ("full", "backbones")]
+    command = ["analyse", "overview", *map(str, configs), "-o", str(tmp_path / "all"), "--results", str(tmp_path)]
+    result = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert result.exit_code == 0
+    lines = [line.split("|")[1:4] for line in (tmp_path / "all.md").read_text().splitlines() if "not run" in line]
+    assert [[cell.strip() for cell in line] for line in lines] == [
+        ["full", "largest average gain, CIFAR-100", "+2.3"],
+        ["full", "largest average gain, FGVC", "+1.5"],
+        ["full", "largest average gain, VTAB-1k", "+2.0"],
+        ["backbones", "largest gain of any backbone, CIFAR-100", "—"],
+    ]
+    assert "Folder for" not in CliRunner().invoke(app, ["analyse", "overview", "--help"]).output
 
 
 def test_the_overview_shows_a_segmentation_beside_the_published_miou(tmp_path):
     from tocom.segmentation.tables import COLUMNS
 
     config = made_up.config({}) | {"segmentation": {"data": "scenes"}, "train_degrees": [0], "seeds": [0, 1]}
-    never = overview("ade20k", "segmentation", tmp_path, config)
-    assert (never.published, never.ours, never.n_run, never.n_planned) == ("41.3 → 43.4 % (0 → 16)", "not run", 0, 12)
+    (other,) = overview("ade20k", "segmentation", tmp_path, config | {"segmentation": {"data": "ade20k"}})
+    assert (other.published, other.ours) == ("41.3 → 43.4 % (0 → 16)", "not run")
+    (never,) = overview("scenes", "segmentation", tmp_path, config)
+    assert (never.published, never.ours, never.n_run, never.n_planned) == ("—", "not run", 0, 12)
     rows = [
         {"backbone": "vit", "compressor": "tome", "task": "scenes", "seed": seed, "train_degree": 0, "infer_degree": n,
          "compensated": name != "none", "compensator": name, "miou": 50 - n + seed + (n / 4) * (name != "none")}
         for seed in (0, 1) for n in (0, 4, 12) for name in ("none", "tocom")
     ]  # fmt: skip
     pd.DataFrame(rows).reindex(columns=list(COLUMNS)).to_csv(tmp_path / "segmentation.csv", index=False)
-    found = overview("ade20k", "segmentation", tmp_path, config)
+    (found,) = overview("scenes", "segmentation", tmp_path, config)
     assert (found.ours, found.status) == ("38.5 → 41.5 % (0 → 12)", "run")
 
 
@@ -352,7 +445,7 @@ def test_all_forms_are_written_and_compile(made, tmp_path):
     for kind in FORMS:
         write_paper(kind, made, CONFIG, FGVC, tmp_path / kind)
         write_paper(kind, tmp_path / "never", made_up.config(groups), groups, tmp_path / f"{kind}_never")
-    write_joint([overview("fgvc_1 & 100 %", "degrees", made, CONFIG, FGVC)], tmp_path / "all.md")
+    write_joint(overview("fgvc_1 & 100 %", "degrees", made, CONFIG, FGVC), tmp_path / "all.md")
     sources = sorted(tmp_path.glob("*/paper.tex")) + [tmp_path / "all.tex"]
     assert len(sources) == 2 * len(FORMS) + 1
     body = "\n".join(f"\\input{{{path.relative_to(tmp_path)}}}\\clearpage" for path in sources)

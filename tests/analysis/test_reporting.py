@@ -1,11 +1,13 @@
 """From cells to tables, figures, verdicts and headline figures, on made-up predictions with known answers."""
 
+import json
 import re
 import shutil
 import subprocess
 
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 from tests.analysis import made_up
 from tests.analysis.made_up import N
@@ -13,6 +15,7 @@ from tocom.analysis import headline, significance, tables, verify
 from tocom.analysis.cells import correctness, gather, main_compensator, prediction_files, read_cells
 from tocom.analysis.report import make_tables, write_figures, write_tables
 from tocom.analysis.split import available_cores, split
+from tocom.cli import app
 from tocom.errors import TocomError
 from tocom.timing import MARK
 
@@ -246,6 +249,83 @@ def test_a_condition_that_one_task_lacks_is_not_compared_for_its_group(study, tm
     assert set(at.scope) == {"generated tasks", "mnist5k", "rotation"}
     with pytest.raises(TocomError, match="nothing to compare"):
         significance.compare({key: value for key, value in correct.items() if key[5] == "none"}, TASKS)
+
+
+def test_a_comparison_takes_the_seeds_that_all_its_tasks_have(tmp_path):
+    files = made_up.predictions(tmp_path, [("vit", "tome")], TASKS, {"tocom": 1.0})
+    correct = correctness(files)
+    whole = significance.compare(correct, TASKS, resamples=50)
+    left = {"digits": {0, 1}, "mnist5k": {1, 2}, "rotation": {0}}
+    for (_, _, task, train, _, _), runs in correct.items():
+        for seed in set(runs) - left[task] if train == "0" else ():
+            del runs[seed]
+    frame = significance.compare(correct, TASKS, resamples=50)
+    frame, whole = (f[f.comparison == significance.TOCOM_VS_PLAIN] for f in (frame, whole))
+    at = frame[(frame.train_degree == "0") & (frame.infer_degree == 12)].set_index("scope")
+    # No seed is common to all tasks: that scope is left out.
+    expected = {"real tasks": 1, "generated tasks": 1, "digits": 2, "mnist5k": 2, "rotation": 1}
+    assert at.n_seeds.to_dict() == expected
+    assert at.gain.to_list() == pytest.approx([6.0] * 5)
+    assert at.gap_closed.to_list() == pytest.approx([0.5] * 5)
+    # Models with all seeds are compared as before; they close no gap to matched models that are missing.
+    raw = ["scope", "infer_degree", "n_seeds", "accuracy_before", "gain", "low", "high", "p_images", "p_seeds"]
+    rest, same = (f.loc[f.train_degree == "12", raw].reset_index(drop=True) for f in (frame, whole))
+    pd.testing.assert_frame_equal(rest, same)
+    closed = frame[(frame.train_degree == "12") & (frame.infer_degree == 0)].set_index("scope").gap_closed
+    assert closed.isna().to_dict() == {"all tasks": True} | dict.fromkeys(expected, False)
+
+
+def test_a_study_that_was_run_in_part_has_all_its_tables(tmp_path):
+    tasks = {"cub200": "FGVC", "dogs": "FGVC"}
+    files = made_up.predictions(tmp_path / "predictions", [("vit", "tome")], tasks, {"tocom": 1.0})
+    missing = ("dogs/train-12", "dogs/train-0_seed-2", "cub200/train-random", "dogs/train-random")
+    gone = [path for _, path in files if any(name in str(path) for name in missing)]
+    for path in gone:
+        path.unlink()
+    grid = {"backbone": ["vit"], "compressor": ["tome"], "task": tasks, "train-degree": [0, 12, "random"]}
+    grid = [f"--{name}={value}" for name, values in (grid | {"seed": made_up.SEEDS}).items() for value in values]
+    config = {
+        **{"study": "made_up", "paper": "degrees", "backbones": [{"name": "vit", "checkpoint": "glyph_vit"}]},
+        **{"tasks": list(tasks), "seeds": made_up.SEEDS, "train_degrees": [0, 12, "random"], "max_degree": 12},
+        "infer_degrees": made_up.DEGREES,
+    }
+
+    def analyse(*words):
+        return CliRunner().invoke(app, ["analyse", *map(str, words)], catch_exceptions=False)
+
+    cells = ["cells", tmp_path / "predictions", "-o", tmp_path / "cells.csv", "--study", "made_up", *grid]
+    with pytest.raises(TocomError, match="no such file"):
+        analyse(*cells)
+    assert not (tmp_path / "cells.csv").exists()
+    assert "8 of 18 prediction files are there" in analyse(*cells, "--partial").output
+    significant = tmp_path / "significance.csv"
+    analyse("significance", tmp_path / "cells.csv", "--predictions", tmp_path / "predictions", "-o", significant)
+    analyse("tables", tmp_path, "-o", tmp_path / "tables")
+    result = analyse("paper-table", tmp_path, "--config", json.dumps(config), "-o", tmp_path / "tables")
+    assert result.exit_code == 0
+
+    for name in ("main", "paper"):
+        lines = [line.split("|") for line in (tmp_path / "tables" / f"{name}.md").read_text().splitlines()]
+        found = {line[1].strip(): [cell.strip(" *") for cell in line[3:6]] for line in lines if len(line) == 7}
+        assert found["0"] == [f"{plain} ± 0.0 (2 of 3 seeds)" for plain in ("96.0", "96.0", "80.0")]
+        assert found["12"] == ["not run"] * 3
+        assert found.get("random", ["not run"] * 3) == ["not run"] * 3
+        assert ("random" in found) == (name == "paper")  # only the config knows of it
+    assert "not run" in (tmp_path / "tables" / "throughput.md").read_text()
+    tests = pd.read_csv(significant)
+    tests = tests[tests.infer_degree + tests.train_degree == 12].set_index(["scope", "train_degree"])
+    assert tests.n_seeds.to_dict() == {("FGVC", 0): 2, ("cub200", 0): 3, ("cub200", 12): 3, ("dogs", 0): 2}
+    assert tests.gain.to_dict() == pytest.approx({key: 6.0 if key[1] == 0 else 2.0 for key in tests.index})
+
+    shutil.rmtree(tmp_path / "predictions")
+    with pytest.raises(TocomError, match="no predictions of this grid"):
+        analyse(*cells, "--partial")
+
+
+def test_a_model_without_any_comparison_has_a_table_of_tests_that_says_so(study):
+    empty = tables.significance_table(pd.read_csv(study / "significance.csv").iloc[:0])
+    assert "not run" in empty.markdown()
+    assert "not run" in empty.latex()
 
 
 def test_throughput_shows_training_where_it_was_measured(study):

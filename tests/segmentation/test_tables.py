@@ -78,6 +78,22 @@ def test_a_gain_has_a_sign_and_its_paired_interval():
     assert "of other data" not in table.caption
 
 
+def test_a_condition_with_fewer_seeds_than_planned_is_marked():
+    counts = Counts(*(np.tile([[a, 5]], (30, 1)) for a in (6, 4, 0)))
+    found = {
+        (0, n, name): Condition(1.0, dict.fromkeys(range(1 if n == 8 else 2), counts))
+        for n in (0, 8, 16)
+        for name in ("none", "tocom")
+    }
+    for given, partly, whole in ((None, "(1 of 2 seeds)", ""), (3, "(1 of 3 seeds)", " (2 of 3 seeds)")):
+        tables = make_tables({("a", "b"): found}, "ade20k", [("a", "b")], [0], [0, 8, 16], n_seeds=given)
+        rows = {row[1].text: [cell.text for cell in row] for row in tables[0].rows}
+        figure = f"{100 * (6 / 10 + 5 / 15) / 2:.1f}"
+        assert rows["8"][3:5] == [f"{figure} [{figure}, {figure}] {partly}"] * 2
+        assert rows["0"][3] == rows["16"][3] == f"{figure} [{figure}, {figure}]{whole}"
+        assert f"mean over {given or 2} seed(s)" in tables[0].caption
+
+
 def test_another_train_degree_has_no_published_figures(gathered):
     table = degree_table(gathered[1]["tiny", "tome_mlp"], "t", "l", "scenes", [0, 8], [0, 16])
     text = [[cell.text for cell in row] for row in table.rows]

@@ -142,15 +142,17 @@ def only(frame: pd.DataFrame, compensator: str) -> pd.DataFrame:
 
 #: Backbone, compressor, task, train degree, inference degree, compensator ("none": plain).
 Condition = tuple[str, str, str, str, int, str]
+#: Seed -> which test images were classified right [images] bool.
+BySeed = dict[int, np.ndarray]
 
 
-def correctness(files: Sequence[tuple[str, os.PathLike]]) -> dict[Condition, np.ndarray]:
-    """Return, for every condition, which test images were classified right [seeds, images] bool; seeds ascend."""
-    by_seed: dict[Condition, dict[int, np.ndarray]] = {}
+def correctness(files: Sequence[tuple[str, os.PathLike]]) -> dict[Condition, BySeed]:
+    """Return, for every condition and seed, which test images were classified right [images] bool."""
+    correct: dict[Condition, BySeed] = {}
     for backbone, path in files:
         arrays, meta = load_arrays(path)
         model = (backbone, meta["compressor"], meta["task"], str(meta["train_degree"]))
         for cell, predicted in zip(meta["cells"], arrays["predictions"], strict=True):
             key = (*model, cell["infer_degree"], compensator_of(cell))
-            by_seed.setdefault(key, {})[meta["seed"]] = predicted == arrays["labels"]
-    return {key: np.stack([runs[seed] for seed in sorted(runs)]) for key, runs in by_seed.items()}
+            correct.setdefault(key, {})[meta["seed"]] = predicted == arrays["labels"]
+    return correct

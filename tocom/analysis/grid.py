@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -20,6 +20,7 @@ class Grid:
     Attributes:
         train_degrees: as text, since one of them may be "random".
         compensators: variant -> what it changes; the first is the one of main tables.
+        timm: backbone -> timm's name of it, of those that the config takes from timm.
     """
 
     backbones: tuple[str, ...]
@@ -29,6 +30,7 @@ class Grid:
     train_degrees: tuple[str, ...]
     infer_degrees: tuple[int, ...]
     compensators: dict[str, dict[str, Any]]
+    timm: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any]) -> Grid:
@@ -48,6 +50,11 @@ class Grid:
                 train_degrees=tuple(str(degree) for degree in config["train_degrees"]),
                 infer_degrees=tuple(config["infer_degrees"]),
                 compensators={name: dict(changes or {}) for name, changes in _variants(config).items()},
+                timm={
+                    entry["name"]: entry["timm"]
+                    for entry in config["backbones"]
+                    if isinstance(entry, Mapping) and entry.get("timm")
+                },
             )
         except KeyError as error:
             raise TocomError(f"the config of a study lacks the key {error.args[0]!r}; see config/demo.yaml") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,12 @@ from scipy import stats
 
 from tocom.analysis.cells import TEXT
 from tocom.analysis.grid import Grid
-from tocom.analysis.paper import NOT_AT_HAND, degrees_text, where
-from tocom.analysis.published import largest_gain, read_published
+from tocom.analysis.paper import LARGEST_CAPTION, NOT_AT_HAND, READING_CAPTION, degrees_text, where
+from tocom.analysis.published import read_published
 from tocom.analysis.report import write_pages
-from tocom.analysis.run import Run, largest, transfer_change
-from tocom.analysis.tables import NOT_RUN, Table, Text, gain_text, signed
+from tocom.analysis.run import Run, best_mean, largest, transfer_change
+from tocom.analysis.significance import VTAB, Scope
+from tocom.analysis.tables import NOT_RUN, VTAB_NOTE, Table, Text, gain_text, signed
 from tocom.errors import TocomError, suggest
 from tocom.settings import NO_GAP, PLAIN
 
@@ -34,11 +35,12 @@ ASKS = {
 
 @dataclass(frozen=True)
 class Overview:
-    """A study's line in the overview.
+    """A line in the overview: a study, or one group of its tasks.
 
     Attributes:
         what: what its figure is. published, ours: the figure, as text.
         n_run, n_planned: cells (of a transfer: accuracies with and without a gap).
+        mean: where that stands beside a largest gain, the largest mean gain over inference degrees, as text.
     """
 
     study: str
@@ -47,6 +49,7 @@ class Overview:
     ours: str
     n_run: int
     n_planned: int
+    mean: str = "–"
 
     @property
     def status(self) -> str:
@@ -56,8 +59,8 @@ class Overview:
 
 def overview(
     name: str, kind: str, folder: Path, config: Mapping[str, Any], groups: Mapping[str, str] | None = None
-) -> Overview:
-    """Return the line of one study.
+) -> list[Overview]:
+    """Return the lines of one study: one for each group of tasks with a published figure, or one for all of it.
 
     Args:
         name: what the table calls it. kind: one of :data:`ASKS`.
@@ -70,30 +73,67 @@ def overview(
         raise TocomError(f"unknown kind of study {kind!r}{suggest(kind, ASKS)}; there are: {', '.join(ASKS)}")
     run = Run.read(folder, config, groups or {})
     if kind == "transfer":
-        return Overview(name, ASKS[kind], NOT_AT_HAND, _mean_transfer(run), *_transfer_progress(run))
+        return [Overview(name, ASKS[kind], NOT_AT_HAND, _mean_transfer(run), *_transfer_progress(run))]
     if kind == "segmentation":
         scores = _scores(folder)
-        return Overview(name, ASKS[kind], _published_miou(), _miou(run.grid, scores), *run.grid.progress(scores))
-    scope = run.scopes[-1]
-    published = largest_gain(scope.name) if kind == "degrees" else None
+        published = _published_miou() if run.grid.tasks == ("ade20k",) else NOT_AT_HAND
+        return [Overview(name, ASKS[kind], published, _miou(run.grid, scores), *run.grid.progress(scores))]
+    if kind == "degrees":
+        return [_degrees(name, run, scope) for scope in _to_compare(run)]
+    infer, scope = min(run.grid.infer_degrees) if kind == "speedup" else None, run.scopes[-1]
+    ours = _largest_text(run, scope, run.grid.models, infer)
+    return [Overview(name, f"{ASKS[kind]}, {scope.name}", NOT_AT_HAND, ours, *run.grid.progress(run.cells))]
+
+
+def _of_the_paper(run: Run, scope: Scope) -> list[tuple[str, str]]:
+    """Return the models that the published figure of a group of tasks is of."""
+    return [model for model in run.grid.models if run.published(scope, *model)]
+
+
+def _to_compare(run: Run) -> list[Scope]:
+    """Return the groups of tasks with a published figure; if they leave a task out, the widest group, too."""
+    known = [scope for scope in run.scopes if _of_the_paper(run, scope)]
+    left = set(run.groups) - {task for scope in known for task in scope.tasks}
+    return known + ([run.scopes[-1]] if left else [])
+
+
+def _degrees(name: str, run: Run, scope: Scope) -> Overview:
+    """Return the line of one group of tasks: of the paper's model where it has a figure, else of any."""
+    published = _of_the_paper(run, scope)
+    models = published or list(run.grid.models)
     return Overview(
         name,
-        f"{ASKS[kind]}, {scope.name}",
-        published.text() if published else NOT_AT_HAND,
-        _largest_text(run, min(run.grid.infer_degrees) if kind == "speedup" else None),
-        *run.grid.progress(run.cells),
+        f"{ASKS['degrees']}, {scope.name}",
+        run.published(scope, *published[0]).text() if published else NOT_AT_HAND,
+        _largest_text(run, scope, models),
+        *replace(run.grid, tasks=scope.tasks).progress(run.cells),
+        _mean_text(run, scope, models),
     )
 
 
-def _largest_text(run: Run, infer: int | None) -> str:
-    """Return the largest gain over the widest group of tasks, and where it is."""
-    found = {model: largest(run, *model, run.scopes[-1], infer) for model in run.grid.models}
+def _largest_text(run: Run, scope: Scope, models: Sequence[tuple[str, str]], infer: int | None = None) -> str:
+    """Return the largest gain of some models over a group of tasks, and where it is."""
+    found = {model: largest(run, *model, scope, infer) for model in models}
     tested = {model: best for model, best in found.items() if best}
     if not tested:
         return NOT_RUN
     model = max(tested, key=lambda name: tested[name].test.gain)
-    of_model = f", {where(*model)}" if len(found) > 1 else ""
-    return f"{gain_text(tested[model].test)} ({degrees_text(tested[model])}{of_model})"
+    return f"{gain_text(tested[model].test)} ({degrees_text(tested[model])}{_of_model(run, model)})"
+
+
+def _mean_text(run: Run, scope: Scope, models: Sequence[tuple[str, str]]) -> str:
+    """Return the largest mean gain of some models over inference degrees, and the train degree where it is."""
+    found = {model: best_mean(run, *model, scope) for model in models}
+    there = {model: best for model, best in found.items() if best}
+    if not there:
+        return NOT_RUN
+    model = max(there, key=lambda name: there[name][1].mean())
+    train, by_seed = there[model]
+    return f"{signed(by_seed.mean())} (from {train}{_of_model(run, model)})"
+
+
+def _of_model(run: Run, model: tuple[str, str]) -> str:
+    return f", {where(*model)}" if len(run.grid.models) > 1 else ""
 
 
 def _mean_transfer(run: Run) -> str:
@@ -155,21 +195,28 @@ def _transfer_progress(run: Run) -> tuple[int, int]:
 def joint(lines: Sequence[Overview]) -> Table:
     """Return one table over all studies, from :func:`overview` of each."""
     rows = [
-        [Text(cell) for cell in (line.study, line.what, line.published, line.ours, _count(line), line.status)]
+        [
+            line.study,
+            line.what,
+            line.published,
+            line.ours,
+            line.mean,
+            f"{line.n_run:,} of {line.n_planned:,}",
+            line.status,
+        ]
         for line in lines
     ]
     caption = (
-        f"Gains in points. Published: arXiv 2408.06798, with ToMe; {NOT_AT_HAND}: not at hand. Ours: with a "
+        f"Gains in points. Published: arXiv 2408.06798, of DeiT-B with ToMe (mIoU: of its own segmenter on ADE20k); "
+        f"{NOT_AT_HAND}: not at hand. Ours: with a "
         "95 % interval and the degrees (train → inference) at which it was measured; * p < 0.05, ** p < 0.01, "
-        "*** p < 0.001, paired sign-flip test on images, Holm-corrected. "
-        "Cells: how many were run of how many are planned."
+        f"*** p < 0.001, paired sign-flip test on images, Holm-corrected. {LARGEST_CAPTION} "
+        "Mean gain: over all inference degrees but the train degree, from the train degree where it is largest. "
+        f"{READING_CAPTION} Cells: how many were run of how many are planned."
     )
-    header = ["study", "figure", "published", "ours", "cells", "status"]
-    return Table("All studies", caption, header, rows, "all-studies")
-
-
-def _count(line: Overview) -> str:
-    return f"{line.n_run:,} of {line.n_planned:,}"
+    caption += f" {VTAB_NOTE}." if any(line.what.endswith(f", {VTAB}") for line in lines) else ""
+    header = ["study", "figure", "published", "ours", "mean gain (ours)", "cells", "status"]
+    return Table("All studies", caption, header, [[Text(cell) for cell in row] for row in rows], "all-studies")
 
 
 def write_joint(lines: Sequence[Overview], output: Path) -> None:

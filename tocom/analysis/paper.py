@@ -1,8 +1,8 @@
 """Tables in the paper's form (arXiv 2408.06798): one form for each kind of study.
 
 What they show is what the study's config asks for, not what happens to be there: a planned cell that is missing from
-cells.csv is "not run", and so is a whole study without a folder. Published figures stand beside ours, marked as such;
-of the paper's tables nothing else is at hand, which a dash stands for.
+cells.csv is "not run", and so is a whole study without a folder. Published figures stand beside ours, marked as such,
+where ours are of the same model and tasks; of the paper's tables nothing else is at hand, which a dash stands for.
 """
 
 from __future__ import annotations
@@ -15,23 +15,25 @@ from typing import Any
 import pandas as pd
 
 from tocom.analysis.grid import Grid
-from tocom.analysis.published import largest_gain
 from tocom.analysis.report import write_pages
-from tocom.analysis.run import CompensatorFiles, Run, largest, transfer_change
+from tocom.analysis.run import CompensatorFiles, Run, best_mean, largest, transfer_change, transfer_without
+from tocom.analysis.significance import VTAB
 from tocom.analysis.tables import (
     GAIN_CAPTION,
+    LINES_CAPTION,
     METHOD,
     NOT_RUN,
+    VTAB_NOTE,
     Pair,
     Results,
     Table,
     Text,
     accuracy_text,
     averages,
+    degree_rows,
     degree_table,
     gain_text,
     p_text,
-    pair_rows,
     signed,
 )
 from tocom.errors import TocomError, suggest
@@ -42,6 +44,12 @@ NOT_AT_HAND = "—"
 #: What a caption says where nothing published can stand beside ours, with a column of dashes and without.
 _MISSING = "the full tables of the paper (arXiv 2408.06798) are not at hand."
 DASH_CAPTION, MISSING_CAPTION = f"{NOT_AT_HAND}: {_MISSING}", f"Published figures: none, {_MISSING}"
+#: What a caption says of the published largest gain, and of our interval beside it.
+LARGEST_CAPTION = "The interval is that of the pair, not corrected for having been picked."
+READING_CAPTION = (
+    "The published figure is the maximum improvement of the average performance (abstract of arXiv 2408.06798), with "
+    "DeiT-B and ToMe; whether that is the gain of a pair of degrees or the mean over inference degrees is uncertain."
+)
 #: What a compressor does with the tokens that it removes.
 REMOVES = {"tome": "merging", "evit": "pruning", "evit_fuse": "pruning, the rest fused"}
 
@@ -75,23 +83,28 @@ def _largest_gains(run: Run) -> Table:
     for scope in run.scopes:
         for backbone, compressor in run.grid.models:
             best = largest(run, backbone, compressor, scope)
-            published = largest_gain(scope.name) if compressor == "tome" else None
+            mean = best_mean(run, backbone, compressor, scope)
+            published = run.published(scope, backbone, compressor)
             rows.append(
                 [
                     Text(scope.name),
                     Text(where(backbone, compressor)),
                     Text(gain_text(best.test) if best else NOT_RUN),
                     Text(degrees_text(best) if best else NOT_RUN),
+                    _change_text(mean[1], len(run.grid.seeds)) if mean else Text(NOT_RUN),
+                    Text(mean[0] if mean else NOT_RUN),
                     Text(published.text() if published else NOT_AT_HAND),
                 ]
             )
     caption = (
         "The largest gain of +ToCom over the plain model among all pairs of a train and another inference degree, "
-        f"averaged over the tasks of the group and {len(run.grid.seeds)} seeds. {GAIN_CAPTION} The interval is that of "
-        "the pair, not corrected for having been picked. Published: the figure of arXiv 2408.06798 for DeiT-B and "
-        f"ToMe; {NOT_AT_HAND}: none is at hand."
+        f"averaged over the tasks of the group and {len(run.grid.seeds)} seeds. {GAIN_CAPTION} {LARGEST_CAPTION} "
+        "Mean gain: over all inference degrees but the train degree, in points, ± standard deviation over seeds, from "
+        f"the train degree where it is largest. {READING_CAPTION} {NOT_AT_HAND}: none is at hand."
     )
-    header = ["tasks", "model", "largest average gain (ours)", "train → inference", "published"]
+    caption += f" {VTAB_NOTE}." if any(scope.name == VTAB for scope in run.scopes) else ""
+    header = ["tasks", "model", "largest gain of a pair (ours)", "train → inference"]
+    header += ["largest mean gain (ours)", "train degree", "published"]
     return Table("Largest average gain", caption, header, rows, _label("largest"))
 
 
@@ -101,43 +114,31 @@ def degrees_text(found: Pair) -> str:
 
 
 def _models(run: Run, first: str) -> list[Table]:
-    """A block a model: trained at the lowest degree, run at every degree.
+    """A block a model: every train degree against every inference degree; then the largest gains.
 
     Args:
         first: what the blocks are, "backbone" or "compressor".
     """
-    train = _lowest(run.grid)
-    infer = sorted(run.grid.infer_degrees)
+    if not run.grid.fixed_train_degrees:
+        raise TocomError("this form of table needs a fixed train degree; give one in train_degrees besides random")
     tables = []
     for scope in run.scopes:
         rows, rules = [], []
         for backbone, compressor in run.grid.models:
-            results = Results.of(*run.of(backbone, compressor), scope)
-            pairs = [results.pair(train, n) for n in infer]
+            block, inner = degree_rows(Results.of(*run.of(backbone, compressor), scope), run.grid, compressor)
             name = backbone if first == "backbone" else REMOVES.get(compressor, compressor)
-            several = first == "compressor" and len(run.grid.backbones) > 1
-            block = pair_rows(
-                pairs,
-                METHOD.get(compressor, compressor),
-                len(run.grid.seeds),
-                f"{name} ({backbone})" if several else name,
-            )
-            rules += [len(rows)] if rows else []
-            rows += [[*line, Text(NOT_AT_HAND if line is block[-1] else "")] for line in block]
+            name += f" ({backbone})" if first == "compressor" and len(run.grid.backbones) > 1 else ""
+            rules += [len(rows) + number for number in ([0] if rows else []) + inner]
+            rows += [[Text(f"{name}, {line[0].text}" if line[0].text else ""), *line[1:]] for line in block]
         caption = (
-            f"Test accuracy in % of models trained at degree {train}, at each inference degree, "
-            f"{averages(scope, len(run.grid.seeds))}. {GAIN_CAPTION} Published: {DASH_CAPTION}"
+            f"Test accuracy in % of each {first} by train degree, at each inference degree, "
+            f"{averages(scope, len(run.grid.seeds))}. {GAIN_CAPTION} {LINES_CAPTION} Published figures: in the last "
+            f"table; {_MISSING}"
         )
-        header = [first, "method", *[f"{train} → {n}" for n in infer], "published"]
+        header = [f"{first}, train degree", "method", *map(str, sorted(run.grid.infer_degrees))]
         title = f"{scope.title} by {first}"
         tables.append(Table(title, caption, header, rows, _label(first, scope.name), tuple(rules)))
-    return tables
-
-
-def _lowest(grid: Grid) -> str:
-    if not grid.fixed_train_degrees:
-        raise TocomError("this form of table needs a fixed train degree; give one in train_degrees besides random")
-    return grid.fixed_train_degrees[0]
+    return [*tables, _largest_gains(run)]
 
 
 def _speedup(run: Run) -> list[Table]:
@@ -189,20 +190,22 @@ def _ablation(run: Run) -> list[Table]:
     for backbone, compressor in run.grid.models:
         results = Results.of(*run.of(backbone, compressor), scope)
         plain = [results.accuracy(*degrees) for degrees in run.grid.mismatches]
-        rows = [[Text("none"), Text("plain"), *[accuracy_text(values, n_seeds) for values in plain], Text("–")]]
+        kl = _held_out_kl(run, backbone, compressor, run.grid.main, "held_out_kl_without")
+        rows = [[Text("none"), Text("plain"), *[accuracy_text(values, n_seeds) for values in plain], Text(kl)]]
         rules = []
         for name, changes in run.grid.compensators.items():
             results = Results.of(*run.of(backbone, compressor, name), scope)
             pairs = [results.pair(*degrees) for degrees in run.grid.mismatches]
             accuracies = [accuracy_text(found.ours, n_seeds) for found in pairs]
-            kl = _held_out_kl(run.compensators, backbone, compressor, name)
+            kl = "–" if _is_shared(run, backbone, compressor, name) else _held_out_kl(run, backbone, compressor, name)
             rules.append(len(rows))
             rows.append([Text(name), Text(_changes_text(changes)), *accuracies, Text(kl)])
             rows.append([Text(""), Text("gain"), *[_tested_gain(found) for found in pairs], Text("")])
         caption = (
             f"Test accuracy in % at each train → inference degree, {averages(scope, n_seeds)}. {GAIN_CAPTION} p: of "
             "that test; each variant is a family of its own. KL: of the student from the teacher on held-out images "
-            f"(nats). {MISSING_CAPTION}"
+            "(nats), at the scale that the compensator was trained at; – where only the scale differs. "
+            f"{MISSING_CAPTION}"
         )
         degrees = [f"{train} → {infer}" for train, infer in run.grid.mismatches]
         title = f"{scope.title} by compensator ({where(backbone, compressor)})"
@@ -226,14 +229,22 @@ def _tested_gain(found: Pair) -> Text:
     return Text(f"{found.gain().text}, p {p if p.startswith('<') else f'= {p}'}")
 
 
-def _held_out_kl(files: CompensatorFiles, *model: str) -> str:
+def _is_shared(run: Run, backbone: str, compressor: str, name: str) -> bool:
+    """Return whether a variant was not distilled for itself: its file is that of a variant before it."""
+    variants = list(run.grid.compensators)
+    before = [run.compensators.get((backbone, compressor, other)) for other in variants[: variants.index(name)]]
+    file = run.compensators.get((backbone, compressor, name))
+    return file is not None and file in before
+
+
+def _held_out_kl(run: Run, backbone: str, compressor: str, name: str, key: str = "held_out_kl") -> str:
     """Return what a compensator's file says, a dash where that is unknown."""
-    if not files:
+    if not run.compensators:
         return "–"
-    file = files.get(model)
+    file = run.compensators.get((backbone, compressor, name))
     if file is None or not Path(file).is_file():
         return NOT_RUN
-    kl = load_arrays(file)[1].get("held_out_kl")
+    kl = load_arrays(file)[1].get(key)
     return "–" if kl is None else f"{kl:.4f}"
 
 
@@ -242,21 +253,21 @@ def _transfer(run: Run) -> list[Table]:
     train, infer = _gap_degrees(run.grid)
     tables = []
     for backbone, compressor in run.grid.models:
-        change = transfer_change(run, backbone, compressor)
-        rows = []
+        change, without = (find(run, backbone, compressor) for find in (transfer_change, transfer_without))
+        n_seeds = len(run.grid.seeds)
+        own = [100 * without[without.target_task == target].set_index("seed").accuracy for target in run.groups]
+        rows = [[Text("none"), Text("accuracy"), *[accuracy_text(by_seed, n_seeds) for by_seed in own]]]
         for source in run.groups:
             found = [change[(change.source_task == source) & (change.target_task == target)] for target in run.groups]
-            rows.append(
-                [Text(source), Text("change"), *[_change_text(some.points, len(run.grid.seeds)) for some in found]]
-            )
+            rows.append([Text(source), Text("change"), *[_change_text(some.points, n_seeds) for some in found]])
         caption = (
             "Change of test accuracy in points when the difference of one task's weights (row) between degrees "
             f"{train} and {infer} is added to another's model (column), trained at {train} and run at {infer}; mean ± "
-            f"standard deviation over {len(run.grid.seeds)} seeds. {MISSING_CAPTION}"
+            f"standard deviation over {n_seeds} seeds. none: test accuracy in % without it. {MISSING_CAPTION}"
         )
         title = f"Gap {train} → {infer} of one task, added to another ({where(backbone, compressor)})"
         header = ["gap of", "", *run.groups]
-        tables.append(Table(title, caption, header, rows, _label(backbone, compressor, "transfer")))
+        tables.append(Table(title, caption, header, rows, _label(backbone, compressor, "transfer"), (1,)))
     return tables
 
 

@@ -12,6 +12,8 @@ from tocom.errors import TocomError
 from tocom.settings import Settings, explain
 
 PATH = Path(__file__).parents[1] / "assets" / "published.yaml"
+#: The model whose largest gains were published: its compressor, and how timm's names of DeiT-B start.
+COMPRESSOR, TIMM = "tome", "deit_base_patch16_224"
 
 
 class Published(Settings):
@@ -20,6 +22,7 @@ class Published(Settings):
     of: Literal["largest gain", "miou", "gflops"] = Field(description="which figure it is")
     what: str = Field(description="the same in words, for tables")
     group: str = Field(description="group of tasks or data set that it is an average over")
+    tasks: int | None = Field(None, ge=1, description="how many tasks that group has")
     backbone: str | None = Field(None, description="model, where the paper's figure is known to be of one")
     train_degree: int | None = Field(None, ge=0, description="degree the model was trained at")
     infer_degree: int | None = Field(None, ge=0, description="degree it was run at")
@@ -51,6 +54,14 @@ def read_published(path: Path = PATH) -> tuple[Published, ...]:
         raise explain(error, str(path)) from None
 
 
-def largest_gain(group: str) -> Published | None:
-    """Return the published largest average gain over a group of tasks, or None if none is at hand."""
-    return next((figure for figure in read_published() if (figure.of, figure.group) == ("largest gain", group)), None)
+def largest_gain(group: str, n_tasks: int, compressor: str, timm: str | None) -> Published | None:
+    """Return the published largest average gain that may stand beside a model's, or None if there is none.
+
+    Args:
+        group: name of the group of tasks. n_tasks: how many of them there are; a part of a group has no figure.
+        compressor: name of the model's compressor. timm: timm's name of its backbone, if it is one of timm's.
+    """
+    if compressor != COMPRESSOR or not (timm or "").startswith(TIMM):
+        return None
+    wanted = ("largest gain", group, n_tasks)
+    return next((figure for figure in read_published() if (figure.of, figure.group, figure.tasks) == wanted), None)

@@ -40,6 +40,11 @@ def read_table(folder: Path, name: str) -> pd.DataFrame:
     return with_compensator(frame, after="comparison")
 
 
+def read_or_empty(folder: Path, name: str, columns: Sequence[str]) -> pd.DataFrame:
+    """Return what :func:`read_table` does, or an empty table with these columns if the file is missing."""
+    return read_table(folder, name) if (folder / f"{name}.csv").is_file() else pd.DataFrame(columns=columns)
+
+
 def _read_main(folder: Path, main: str | None) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Return cells and significance, both of one variant of the compensator only."""
     cells, significance = read_cells(folder / "cells.csv"), read_table(folder, "significance")
@@ -65,10 +70,11 @@ def make_tables(
         groups: groups of the tasks that are in no registry.
 
     Raises:
-        TocomError: a table that they are made from is missing, or ``main`` was not evaluated.
+        TocomError: cells.csv or significance.csv is missing, or ``main`` was not evaluated. Without throughput.csv
+            the table of throughput says that nothing was measured.
     """
     cells, significance = _read_main(folder, main)
-    throughput = read_table(folder, "throughput")
+    throughput = read_or_empty(folder, "throughput", ("backbone", "compressor"))
     groups = groups_of(cells.task.unique(), groups)
     made: dict[str, list[Table]] = {"main": [], "tasks": [], "significance": [], "throughput": []}
     for backbone, compressor in _models(cells):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ import pandas as pd
 
 from tocom.analysis.cells import COLUMNS, main_compensator, only, read_cells
 from tocom.analysis.grid import Grid
-from tocom.analysis.report import read_table
+from tocom.analysis.published import Published, largest_gain
+from tocom.analysis.report import read_or_empty
 from tocom.analysis.significance import Scope, group_scopes
 from tocom.analysis.tables import Pair, Results
 from tocom.settings import NO_GAP
@@ -73,9 +74,9 @@ class Run:
             grid,
             dict(groups),
             cells,
-            _read_or_empty(folder, "significance", _SIGNIFICANCE),
-            _read_or_empty(folder, "throughput", _THROUGHPUT),
-            _read_or_empty(folder, "transfer", _TRANSFER),
+            read_or_empty(folder, "significance", _SIGNIFICANCE),
+            read_or_empty(folder, "throughput", _THROUGHPUT),
+            read_or_empty(folder, "transfer", _TRANSFER),
             main_compensator(grid.cells(), main),
             compensators or {},
         )
@@ -92,9 +93,9 @@ class Run:
             for frame in (self.cells, self.significance)
         )
 
-
-def _read_or_empty(folder: Path, name: str, columns: Sequence[str]) -> pd.DataFrame:
-    return read_table(folder, name) if (folder / f"{name}.csv").is_file() else pd.DataFrame(columns=columns)
+    def published(self, scope: Scope, backbone: str, compressor: str) -> Published | None:
+        """Return the published largest gain that may stand beside a model's, or None if there is none."""
+        return largest_gain(scope.name, len(scope.tasks), compressor, self.grid.timm.get(backbone))
 
 
 def largest(run: Run, backbone: str, compressor: str, scope: Scope, infer: int | None = None) -> Pair | None:
@@ -110,17 +111,44 @@ def largest(run: Run, backbone: str, compressor: str, scope: Scope, infer: int |
     return max(tested, key=lambda found: found.test.gain, default=None)
 
 
+def best_mean(run: Run, backbone: str, compressor: str, scope: Scope) -> tuple[str, pd.Series] | None:
+    """Return the train degree with the largest mean gain over the inference degrees other than itself, and that gain.
+
+    A train degree counts if all its planned pairs were run under a common seed.
+
+    Returns:
+        The train degree and its mean gain in points by seed, or None if no train degree counts.
+    """
+    results = Results.of(*run.of(backbone, compressor), scope)
+    means = {}
+    for train in run.grid.fixed_train_degrees:
+        pairs = [results.pair(*degrees) for degrees in run.grid.mismatches if degrees[0] == train]
+        if pairs:
+            by_seed = pd.concat([found.ours - found.plain for found in pairs], axis=1).dropna().mean(axis=1)
+            means |= {} if by_seed.empty else {train: by_seed}
+    return max(means.items(), key=lambda found: found[1].mean(), default=None)
+
+
+def transfer_without(run: Run, backbone: str, compressor: str) -> pd.DataFrame:
+    """Return target_task, seed and the accuracy (a share) with no gap added; planned ones only."""
+    mine = _transfer_of(run, backbone, compressor)
+    return mine[mine.source_task == NO_GAP][["target_task", "seed", "accuracy"]].astype({"accuracy": float})
+
+
 def transfer_change(run: Run, backbone: str, compressor: str) -> pd.DataFrame:
     """Return source_task, target_task, seed and the change in points over adding no gap; planned pairs only."""
+    mine, without = _transfer_of(run, backbone, compressor), transfer_without(run, backbone, compressor)
+    gaps = mine[mine.source_task.isin(run.grid.tasks)]
+    both = gaps.merge(without, on=["target_task", "seed"], suffixes=("", "_without"))
+    both["points"] = 100 * (both.accuracy - both.accuracy_without).astype(float)
+    return both[["source_task", "target_task", "seed", "points"]]
+
+
+def _transfer_of(run: Run, backbone: str, compressor: str) -> pd.DataFrame:
     frame = run.transfer
-    mine = frame[
+    return frame[
         (frame.backbone == backbone)
         & (frame.compressor == compressor)
         & frame.target_task.isin(run.grid.tasks)
         & frame.seed.isin(run.grid.seeds)
     ]
-    without = mine[mine.source_task == NO_GAP][["target_task", "seed", "accuracy"]]
-    gaps = mine[mine.source_task.isin(run.grid.tasks)]
-    both = gaps.merge(without, on=["target_task", "seed"], suffixes=("", "_without"))
-    both["points"] = 100 * (both.accuracy - both.accuracy_without).astype(float)
-    return both[["source_task", "target_task", "seed", "points"]]

@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from tocom.analysis import stats
-from tocom.analysis.cells import Condition
+from tocom.analysis.cells import BySeed, Condition
 from tocom.errors import TocomError
 from tocom.settings import PLAIN, RANDOM
 
@@ -69,17 +69,18 @@ def scopes(groups: dict[str, str]) -> list[Scope]:
 
 
 def compare(
-    correct: dict[Condition, np.ndarray],
+    correct: dict[Condition, BySeed],
     groups: dict[str, str],
     resamples: int = 2_000,
 ) -> pd.DataFrame:
     """Make every comparison and correct each family of p-values by Holm's method.
 
     A family is a backbone and compressor, a compensator, one comparison, and either all groups of tasks (the main
-    table) or all single tasks (the table of tasks). A comparison for which a task lacks a condition is left out.
+    table) or all single tasks (the table of tasks). A comparison takes the seeds that all its tasks and conditions
+    have; it is left out if there is none.
 
     Args:
-        correct: condition -> which images were right [seeds, images] bool; variants in the order of the tables.
+        correct: condition -> seed -> which images were right [images] bool; variants in the order of the tables.
         groups: task -> its group's name, in the order of the tables.
 
     Returns:
@@ -95,7 +96,7 @@ def compare(
         model = {"backbone": backbone, "compressor": compressor}
         for scope in scopes(groups):
             for about, before, after in _pairs(mine):
-                if all((task, *condition) in mine for task in scope.tasks for condition in (before, after)):
+                if _aligned(mine, scope, before, after):
                     rows.append(model | about | _compare_one(mine, scope, before, after, resamples))
     if not rows:
         raise TocomError("nothing to compare: no task has a model with a compensator at another degree than its own")
@@ -127,8 +128,15 @@ def _pairs_of(variant: str, conditions: dict[Short, None]) -> list[tuple[dict[st
     return pairs + [(about, (train, infer, variant), (RANDOM, infer, PLAIN)) for train, infer in rivals]
 
 
+def _aligned(mine: dict, scope: Scope, *conditions: Short) -> list[list[np.ndarray]]:
+    """Return, for each condition and task, [seeds, images] of the seeds that all of them have; empty without one."""
+    runs = [[mine.get((task, *condition), {}) for task in scope.tasks] for condition in conditions]
+    seeds = sorted(set.intersection(*(set(run) for of_tasks in runs for run in of_tasks)))
+    return [[np.stack([run[seed] for seed in seeds]) for run in of_tasks] for of_tasks in runs if seeds]
+
+
 def _compare_one(mine: dict, scope: Scope, before: Short, after: Short, resamples: int) -> dict:
-    a, b = ([mine[(task, *condition)] for task in scope.tasks] for condition in (before, after))
+    a, b = _aligned(mine, scope, before, after)
     difference = [y.astype(np.int8) - x.astype(np.int8) for x, y in zip(a, b, strict=True)]
     low, high = stats.bootstrap_gain(difference, resamples=resamples)
     by_task_and_seed = np.array([100 * d.mean(axis=1) for d in difference])
@@ -150,7 +158,7 @@ def _compare_one(mine: dict, scope: Scope, before: Short, after: Short, resample
         "p_seeds": stats.seed_test(by_task_and_seed.mean(axis=0)),
         "p_tasks": stats.task_test(by_task_and_seed.mean(axis=1)) if scope.is_group else np.nan,
     }
-    return row | _gap(mine, scope, a, b, infer, resamples)
+    return row | _gap(mine, scope, before, after, resamples)
 
 
 def _image_test(difference: Sequence[np.ndarray]) -> float:
@@ -158,11 +166,11 @@ def _image_test(difference: Sequence[np.ndarray]) -> float:
     return stats.sign_flip_test(difference[0]) if len(difference) == 1 else stats.pooled_sign_flip_test(difference)
 
 
-def _gap(mine: dict, scope: Scope, a: Sequence, b: Sequence, infer: int, resamples: int) -> dict:
-    keys = [(task, str(infer), infer, PLAIN) for task in scope.tasks]
-    if not all(key in mine for key in keys):
+def _gap(mine: dict, scope: Scope, before: Short, after: Short, resamples: int) -> dict:
+    found = _aligned(mine, scope, before, after, (str(before[1]), before[1], PLAIN))
+    if not found:
         return dict.fromkeys(("accuracy_matched", "gap_closed", "gap_low", "gap_high"), np.nan)
-    matched = [mine[key] for key in keys]
+    a, b, matched = found
     means = _mean_percent(a), _mean_percent(b), _mean_percent(matched)
     low, high = stats.bootstrap_gap_closed(a, b, matched, resamples=resamples)
     return {"accuracy_matched": means[2], "gap_closed": stats.gap_closed(*means), "gap_low": low, "gap_high": high}

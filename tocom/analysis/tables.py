@@ -12,7 +12,7 @@ import pandas as pd
 from tabulate import tabulate
 
 from tocom.analysis.grid import Grid
-from tocom.analysis.significance import TOCOM_VS_PLAIN, Scope
+from tocom.analysis.significance import TOCOM_VS_PLAIN, VTAB, Scope
 from tocom.analysis.stats import stars
 from tocom.settings import RANDOM
 
@@ -24,6 +24,8 @@ TRAINING = {
 }
 #: A cell that the study did not run.
 NOT_RUN = "not run"
+#: What captions say of the average over VTAB-1k.
+VTAB_NOTE = f"{VTAB} is the mean of its tasks, 19 in all; other papers average the means of its three groups"
 
 
 @dataclass(frozen=True)
@@ -225,29 +227,25 @@ GAIN_CAPTION = (
     "sign-flip test on images, Holm-corrected."
 )
 
+#: What the captions of tables with :func:`degree_rows` say of the last lines.
+LINES_CAPTION = (
+    "random: a degree drawn for every training step. matched: trained at the degree it runs at, the ceiling."
+)
+
 
 def averages(scope: Scope, seeds: int) -> str:
     """Return what the numbers of a table average over, for its caption."""
     over_tasks = f" of the mean over {', '.join(scope.tasks)}" if len(scope.tasks) > 1 else ""
-    return f"mean ± standard deviation over {seeds} seeds{over_tasks}"
+    vtab = f" ({VTAB_NOTE})" if scope.name == VTAB else ""
+    return f"mean ± standard deviation over {seeds} seeds{over_tasks}{vtab}"
 
 
-def degree_table(
-    cells: pd.DataFrame,
-    significance: pd.DataFrame,
-    scope: Scope,
-    grid: Grid,
-    compressor: str,
-    title: str,
-    label: str,
-) -> Table:
-    """Return the paper's table for one task or group: train degrees down, inference degrees across.
+def degree_rows(results: Results, grid: Grid, compressor: str) -> tuple[list[list[Text]], list[int]]:
+    """Return three lines a fixed train degree, one of the random degrees, and one of the matched models.
 
-    Args:
-        cells, significance: the rows of one backbone, one compressor and at most one compensator.
-        grid: the degrees and seeds to show; what the cells lack of them is "not run".
+    Returns:
+        The rows: train degree, method and a cell for each inference degree; and the rows before which a rule goes.
     """
-    results = Results.of(cells, significance, scope)
     infer = sorted(grid.infer_degrees)
     method = METHOD.get(compressor, compressor)
     n_seeds = len(grid.seeds)
@@ -266,12 +264,31 @@ def degree_table(
     if RANDOM in grid.train_degrees:
         rows.append([Text(RANDOM), Text(method), *plain([RANDOM] * len(infer))])
     rows.append([Text("matched"), Text(method), *plain([str(n) for n in infer])])
+    return rows, rules
+
+
+def degree_table(
+    cells: pd.DataFrame,
+    significance: pd.DataFrame,
+    scope: Scope,
+    grid: Grid,
+    compressor: str,
+    title: str,
+    label: str,
+) -> Table:
+    """Return the paper's table for one task or group: train degrees down, inference degrees across.
+
+    Args:
+        cells, significance: the rows of one backbone, one compressor and at most one compensator.
+        grid: the degrees and seeds to show; what the cells lack of them is "not run".
+    """
+    infer, n_seeds = sorted(grid.infer_degrees), len(grid.seeds)
+    rows, rules = degree_rows(Results.of(cells, significance, scope), grid, compressor)
     costs = cells[cells.task.isin(scope.tasks)].groupby("infer_degree").gflops.mean()
     header = [f"{n} ({costs[n]:.3g} GFLOPs)" if n in costs.index else str(n) for n in infer]
     caption = (
         f"Test accuracy in % at each inference degree, {averages(scope, n_seeds)}. "
-        f"Bold: the better of the pair with and without ToCom. {GAIN_CAPTION} "
-        "random: a degree drawn for every training step. matched: trained at the degree it runs at, the ceiling."
+        f"Bold: the better of the pair with and without ToCom. {GAIN_CAPTION} {LINES_CAPTION}"
     )
     return Table(title, caption, ["train degree", "method", *header], rows, label, tuple(rules))
 
@@ -298,7 +315,7 @@ def significance_table(significance: pd.DataFrame, label: str = "significance") 
         "Gap closed: share of the distance to the matched-degree model, with a 95 % interval."
     )
     header = ["comparison", "tasks and degrees", "gain", "p (images)", "p (seeds)", "p (tasks)", "gap closed"]
-    return Table("Tests at the largest mismatch", caption, header, rows, label)
+    return Table("Tests at the largest mismatch", caption, header, rows or [[Text(NOT_RUN)] * len(header)], label)
 
 
 def p_text(p: float) -> str:

@@ -14,7 +14,7 @@ from tocom.analysis.published import read_published
 from tocom.analysis.tables import METHOD, NOT_RUN, Table, Text, signed
 from tocom.errors import TocomError
 from tocom.files import load_arrays, write_text
-from tocom.segmentation.metrics import Counts, Interval, difference, estimate, pixel_accuracy
+from tocom.segmentation.metrics import Counts, difference, estimate, pixel_accuracy
 from tocom.settings import PLAIN, TOCOM
 
 #: Columns of segmentation.csv. miou and its 95 % interval over images, and pixel_accuracy, are in percent; gflops: of
@@ -123,22 +123,30 @@ def published_degrees() -> list[int]:
     return sorted({f.infer_degree for f in read_published() if f.group == _PUBLISHED and f.of == "miou"})
 
 
-def _interval(figure: Interval, bold: bool) -> Text:
-    return Text(f"{figure.value:.1f} [{figure.low:.1f}, {figure.high:.1f}]", bold)
+def _miou_text(condition: Condition, resamples: int, planned: int, bold: bool = False) -> Text:
+    """Return mIoU with its interval, and the number of seeds if not all that were planned were run."""
+    figure, n_seeds = estimate(condition.counts, resamples), len(condition.by_seed)
+    partly = f" ({n_seeds} of {planned} seeds)" if n_seeds < planned else ""
+    return Text(f"{figure.value:.1f} [{figure.low:.1f}, {figure.high:.1f}]{partly}", bold)
 
 
-def _measured(found: dict[Key, Condition], train: int, infer: int, variant: str, resamples: int) -> list[Text]:
+def _measured(
+    found: dict[Key, Condition], train: int, infer: int, variant: str, resamples: int, planned: int
+) -> list[Text]:
     """Return GFLOPs, mIoU without and with ToCom, and the gain."""
     plain, ours = found.get((train, infer, PLAIN)), found.get((train, infer, variant))
     if plain is None:
         return [Text(NOT_RUN)] * 4
-    cost, without = Text(f"{plain.gflops:.4g}"), estimate(plain.counts, resamples)
+    cost = Text(f"{plain.gflops:.4g}")
     if train == infer:  # the compensator is zero there
-        return [cost, _interval(without, False), _NONE, _NONE]
+        return [cost, _miou_text(plain, resamples, planned), _NONE, _NONE]
     if ours is None:
-        return [cost, _interval(without, False), Text(NOT_RUN), Text(NOT_RUN)]
+        return [cost, _miou_text(plain, resamples, planned), Text(NOT_RUN), Text(NOT_RUN)]
     gain = difference(ours.counts, plain.counts, resamples)
-    texts = [_interval(without, gain.value < 0), _interval(estimate(ours.counts, resamples), gain.value > 0)]
+    texts = [
+        _miou_text(plain, resamples, planned, gain.value < 0),
+        _miou_text(ours, resamples, planned, gain.value > 0),
+    ]
     return [cost, *texts, Text(f"{signed(gain.value)} [{signed(gain.low)}, {signed(gain.high)}]")]
 
 
@@ -151,13 +159,16 @@ def degree_table(
     infer_degrees: Sequence[int],
     variant: str = TOCOM,
     resamples: int = 2000,
+    n_seeds: int | None = None,
 ) -> Table:
     """Return the paper's table for one backbone and compressor: degrees down, the published figures at the right.
 
     Args:
         found: the conditions that were run; others are shown as not run.
         task: the data set, for the caption. variant: the compensator to show.
+        n_seeds: how many seeds were planned; by default the most that a condition has.
     """
+    planned = most_seeds(found) if n_seeds is None else n_seeds
     rows, rules = [], []
     for train in train_degrees:
         if rows:
@@ -169,19 +180,23 @@ def degree_table(
                 [
                     Text(str(train)),
                     Text(str(infer)),
-                    *_measured(found, train, infer, variant, resamples),
+                    *_measured(found, train, infer, variant, resamples, planned),
                     *(paper if infer in theirs else [_NONE] * 3),
                 ]
             )
-    n_seeds = max((len(condition.by_seed) for condition in found.values()), default=0)
     caption = (
-        f"mIoU in % on the test images of {task}, mean over {n_seeds} seed(s); gain: points. In brackets 95 % "
+        f"mIoU in % on the test images of {task}, mean over {planned} seed(s); gain: points. In brackets 95 % "
         "bootstrap intervals over images and seeds, paired for the gain. Bold: the better of the pair. r: r/32 of the "
         "patches merge before each MLP and come back after it. GFLOPs: of one image through the backbone. Images are "
         "scaled and cut to the square input size. Published: the paper's own figures for ADE20k at 512 pixels "
         f"(arXiv 2408.06798), not made here{'' if task == 'ade20k' else ' and of other data than ours'}."
     )
     return Table(title, caption, HEADER, rows, label, tuple(rules))
+
+
+def most_seeds(found: dict[Key, Condition]) -> int:
+    """Return how many seeds the condition with the most of them has."""
+    return max((len(condition.by_seed) for condition in found.values()), default=0)
 
 
 def make_tables(
@@ -192,14 +207,20 @@ def make_tables(
     infer_degrees: Sequence[int],
     variant: str = TOCOM,
     resamples: int = 2000,
+    n_seeds: int | None = None,
 ) -> list[Table]:
-    """Return a table for each (backbone, compressor) of ``models``; what was not run is shown so."""
-    tables = []
+    """Return a table for each (backbone, compressor) of ``models``; what was not run is shown so.
+
+    Args:
+        n_seeds: how many seeds were planned; by default the most that a condition of any model has.
+    """
+    tables, planned = [], max(map(most_seeds, conditions.values()), default=0) if n_seeds is None else n_seeds
     for backbone, compressor in models:
         title = f"Segmentation of {task} ({backbone}, {METHOD.get(compressor, compressor)})"
         label = f"{backbone}-{compressor}-segmentation"
         found = conditions.get((backbone, compressor), {})
-        tables.append(degree_table(found, title, label, task, train_degrees, infer_degrees, variant, resamples))
+        degrees = train_degrees, infer_degrees
+        tables.append(degree_table(found, title, label, task, *degrees, variant, resamples, planned))
     return tables
 
 
