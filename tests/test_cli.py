@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from tests.small import KWARGS
+from tocom.cli import _json
+from tocom.errors import TocomError
 from tocom.models import create, save_model
 
 
@@ -38,6 +40,16 @@ def digits(tmp_path_factory):
     result = tocom("prepare", "digits", "--train", 32, "--val", 16, "--test", 16, "-o", path)
     assert result.returncode == 0, result.stderr
     return path
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("[1]", "is no JSON object"), ("3", "is no JSON object"), ("{", "is not JSON")]
+)
+def test_kwargs_that_are_no_object(text, message):
+    with pytest.raises(TocomError, match=message) as caught:
+        _json(text, "--kwargs")
+    assert "\n" not in str(caught.value)
+    assert _json('{"depth": 2}', "--kwargs") == {"depth": 2}
 
 
 def finetune(backbone, data, output, *more):

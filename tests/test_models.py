@@ -225,7 +225,15 @@ def test_auto_takes_the_gpu_if_there_is_one(monkeypatch):
     assert pick_device() == torch.device("cpu")
 
 
-@pytest.mark.parametrize(("device", "cause"), [("cuda", "torch sees no GPU"), ("gpu", "unknown device 'gpu'")])
+@pytest.mark.parametrize(
+    ("device", "cause"),
+    [
+        ("cuda", "torch sees no GPU"),
+        ("gpu", "unknown device 'gpu'"),
+        ("mps", "unknown device 'mps'; use auto, cpu, cuda"),
+        ("meta", "unknown device 'meta'"),
+    ],
+)
 def test_a_device_that_is_not_there_is_refused(monkeypatch, device, cause):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(TocomError, match=cause) as caught:
@@ -669,6 +677,39 @@ def test_adapters_of_the_backbone_are_not_claimed_for_a_model_without_them(tmp_p
     loaded, meta = load_fine_tuned(save_as("plain.pth", state, tmp_path), tmp_path / "a.safetensors")
     assert "tuning" not in meta
     assert loaded.state_dict().keys() == tuned.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        ({}, None),
+        ({"backbone_sha256": "0" * 64}, "trained with backbone_sha256 0000"),
+        ({"train_degree": 4}, "trained with train_degree 4, not 2"),
+        ({"train_degree": "random"}, "trained with train_degree random, not 2"),
+        ({"compressor": "evit"}, "trained with compressor evit, not tome"),
+        ({"proportional_attention": True}, "trained with proportional_attention True, not False"),
+    ],
+)
+def test_a_checkpoint_that_says_it_was_trained_otherwise_is_refused(tmp_path, backbone, says, message):
+    tuned, about = load_model(backbone, num_classes=3)
+    told = {"backbone_sha256": about["sha256"], "train_degree": 2, "compressor": "tome"}
+    told |= {"proportional_attention": False} | says
+    save_model(tmp_path / "t.safetensors", tuned, about["architecture"], about["kwargs"] | {"num_classes": 3}, **told)
+    if message is None:
+        assert load_fine_tuned(tmp_path / "t.safetensors", backbone, 3, 2, "tome")[0].num_classes == 3
+        return
+    with pytest.raises(TocomError, match=message) as caught:
+        load_fine_tuned(tmp_path / "t.safetensors", backbone, 3, 2, "tome")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_checkpoint_trained_without_compression_goes_with_any_compressor_and_a_backbone_with_itself(
+    tmp_path, backbone
+):
+    tuned, about = load_model(backbone)
+    told = {"backbone_sha256": "0" * 64, "train_degree": 0, "compressor": "tome"}
+    save_model(tmp_path / "t.safetensors", tuned, about["architecture"], about["kwargs"], **told)
+    assert load_fine_tuned(tmp_path / "t.safetensors", tmp_path / "t.safetensors", None, 0, "evit")
 
 
 def test_a_fine_tuned_model_that_does_not_fit_is_refused(tmp_path, backbone):

@@ -1,4 +1,10 @@
-"""Several processes that train one model, as torchrun starts them; with one process, everything here does nothing."""
+"""Several processes that train one model, as torchrun starts them; with one process, everything here does nothing.
+
+In every step all processes draw the same degrees. They are those that one process would draw only if
+``micro_batch_size`` is stated: each of several micro-batches has a random state of its own, whoever computes it. With
+the default (null) there are as many micro-batches as processes, and the single one of a lone process draws from the
+epoch's stream, in which the degrees follow whatever dropout and augmentation drew before.
+"""
 
 from __future__ import annotations
 
@@ -46,10 +52,17 @@ def rank() -> int:
 def own_device(device: torch.device) -> torch.device:
     """Return the GPU of this process where "cuda" stands for one GPU a process; other devices stay as they are.
 
+    A GPU by number becomes torch's present one, whose random state training saves and puts back.
+
     Raises:
-        TocomError: the node has fewer GPUs than processes.
+        TocomError: there is no GPU of this number, or the node has fewer GPUs than processes.
     """
-    if world_size() == 1 or device.type != "cuda" or device.index is not None:
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise TocomError(f"there is no {device}: torch sees {torch.cuda.device_count()} GPUs, from cuda:0 on")
+        torch.cuda.set_device(device)
+        return device
+    if world_size() == 1 or device.type != "cuda":
         return device
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if local >= torch.cuda.device_count():
@@ -62,7 +75,11 @@ def own_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def processes(device: torch.device) -> Iterator[None]:
-    """Join the other processes for the length of the block: NCCL between GPUs, gloo between CPUs."""
+    """Join the other processes for the length of the block: NCCL between GPUs, gloo between CPUs.
+
+    After an error the group is not left in order, which might wait for processes that wait for this one: the error
+    ends this process, and torchrun then ends the others.
+    """
     if world_size() == 1 or distributed.is_initialized():
         yield
         return
@@ -72,10 +89,8 @@ def processes(device: torch.device) -> Iterator[None]:
     store = distributed.PrefixStore(f"tocom-{next(_groups)}", next(rendezvous("env://"))[0])
     backend = "nccl" if device.type == "cuda" else "gloo"
     distributed.init_process_group(backend, store=store, rank=rank(), world_size=world_size())
-    try:
-        yield
-    finally:
-        distributed.destroy_process_group()
+    yield
+    distributed.destroy_process_group()
 
 
 @torch.no_grad()

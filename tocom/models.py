@@ -237,7 +237,11 @@ def import_backbone(
 
 
 def load_fine_tuned(
-    weights: str | os.PathLike, backbone: str | os.PathLike, num_classes: int | None = None
+    weights: str | os.PathLike,
+    backbone: str | os.PathLike,
+    num_classes: int | None = None,
+    train_degree: int | str | None = None,
+    compressor: str | None = None,
 ) -> tuple[nn.Module, dict]:
     """Load a model that was fine-tuned elsewhere from a backbone, to be used as it is (off the shelf).
 
@@ -246,6 +250,7 @@ def load_fine_tuned(
             :func:`import_backbone` reads, for the backbone's architecture.
         backbone: the backbone's checkpoint: what the compensator is distilled on.
         num_classes: refuse a classifier for another number of classes.
+        train_degree, compressor: refuse a checkpoint of this project that says it was trained in another way.
 
     Returns:
         The model in eval mode, and metadata to store it with: the backbone's (``sha256`` is the backbone's, by which
@@ -253,13 +258,15 @@ def load_fine_tuned(
         file.
 
     Raises:
-        TocomError: a file is missing, corrupt or holds code, or does not fit the backbone or the number of classes.
+        TocomError: a file is missing, corrupt or holds code, does not fit the backbone or the number of classes, or
+            says that it was trained from another backbone or in another way.
     """
     path = resolve(weights)
     reference, described = load_model(backbone)
     if _is_own(path):
         model, own = load_model(path)
         hashed = sha256_of(path)
+        _check_origin(path, own, described, train_degree, compressor)
     else:
         kwargs = {key: value for key, value in described["kwargs"].items() if key != "num_classes"}
         model, hashed = _build(path, described["architecture"], kwargs, None, None, False)
@@ -281,6 +288,29 @@ def load_fine_tuned(
     described.pop("tuning", None)
     kept = {key: own[key] for key in ("architecture", "kwargs", "tuning") if key in own}
     return model.eval(), described | kept | {"fine_tuned": {"file": path.name, "sha256": hashed}}
+
+
+def _check_origin(
+    path: Path, own: dict, backbone: dict, train_degree: int | str | None, compressor: str | None
+) -> None:
+    """Raise TocomError if a checkpoint's metadata say that it was not trained from this backbone in this way.
+
+    At degree 0 nothing is compressed, so that neither the compressor nor the kind of attention made a difference.
+    """
+    wanted = {"backbone_sha256": backbone["sha256"], "train_degree": train_degree}
+    if own.get("train_degree") != 0:
+        wanted |= {
+            "compressor": compressor,
+            "proportional_attention": backbone.get("proportional_attention", True),
+        }
+    if own["sha256"] == backbone["sha256"]:
+        del wanted["backbone_sha256"]  # it is the backbone, which may itself have been fine-tuned from another
+    for name, value in wanted.items():
+        if value is not None and own.get(name, value) != value:
+            raise TocomError(
+                f"{path} says that it was trained with {name} {own[name]}, not {value}, so it cannot be used as it is"
+                " here; name the model that was, or correct the backbone or train_degrees"
+            )
 
 
 def check_classifier(model: nn.Module, name: str | os.PathLike) -> None:
@@ -455,7 +485,9 @@ def pick_device(device: str = "auto") -> torch.device:
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise TocomError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N") from None
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise TocomError(f"unknown device {device!r}; use auto, cpu, cuda or cuda:N")
     if device == "cuda" and not torch.cuda.is_initialized():
         claim()  # before the next line, which starts CUDA
     if chosen.type == "cuda" and not torch.cuda.is_available():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
@@ -13,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.optim import create_optimizer_v2
+from timm.optim import create_optimizer_v2, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from tocom import distributed
-from tocom.errors import TocomError
+from tocom.errors import TocomError, suggest
 from tocom.files import atomic
 from tocom.seeds import random_state, seed_everything, set_random_state
 from tocom.settings import Optimisation
@@ -28,6 +29,8 @@ from tocom.timing import counting_files
 
 #: Settings' names of the autocast types.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+#: Values of CUBLAS_WORKSPACE_CONFIG with which cuBLAS repeats its results, says NVIDIA.
+REPEATABLE_CUBLAS = (":4096:8", ":16:8")
 
 
 def normalise(images: Tensor, model: nn.Module) -> Tensor:
@@ -42,12 +45,35 @@ def normalise(images: Tensor, model: nn.Module) -> Tensor:
     return (images.float() / 255.0 - mean) / std
 
 
-def make_deterministic(threads: int) -> None:
-    """Make torch give the same numbers for the same seed, whatever else runs on the machine."""
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+def make_deterministic(threads: int, strict: bool = False) -> None:
+    """Make torch give the same numbers for the same seed, whatever else runs on the machine.
+
+    To be called before anything is put on a GPU.
+
+    Args:
+        strict: refuse GPU operations whose results vary from run to run, instead of warning of them. Only then does
+            torch also take the backward pass of attention that repeats its results.
+    """
+    if os.environ.get("CUBLAS_WORKSPACE_CONFIG") not in REPEATABLE_CUBLAS:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = REPEATABLE_CUBLAS[0]
     torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(True, warn_only=not strict)
     torch.utils.deterministic.fill_uninitialized_memory = False  # costs time and guards against nothing here
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn torch's refusal of an operation whose results vary into a TocomError; also a decorator."""
+    try:
+        yield
+    except RuntimeError as error:
+        operation, found, _ = str(error).partition(" does not have a deterministic implementation")
+        if not found:
+            raise
+        raise TocomError(
+            f"{operation.splitlines()[-1]} gives results that vary from run to run on this device;"
+            " use another device, or set deterministic: false (--set deterministic=false) to train all the same"
+        ) from error
 
 
 def random_shift(images: Tensor, pixels: int) -> Tensor:
@@ -79,23 +105,37 @@ def autocast(precision: str, device: torch.device):
 def compiled(module: nn.Module, settings: Optimisation) -> Callable:
     """Return the module, compiled if the settings say so.
 
-    Every degree is a program of its own, so torch is allowed more of them than it is by default.
+    Every degree is a program of its own, so torch is allowed more of them than it is by default: with 17 degrees,
+    teacher and student, training and scoring, and partial batches, distillation needs more than a hundred.
+
+    Raises:
+        TocomError: torch has no such backend.
     """
     if settings.compile is None:
         return module
+    if settings.compile not in torch.compiler.list_backends(()):
+        known = torch.compiler.list_backends()
+        raise TocomError(
+            f"compile {settings.compile!r}: torch has no such backend{suggest(settings.compile, known)};"
+            f" it has {', '.join(known)}; null compiles nothing"
+        )
     torch.compiler.reset()  # what an earlier run of this process compiled
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 256)
     return torch.compile(module, backend=settings.compile, dynamic=False)
 
 
 def check_pairs(settings: Optimisation) -> None:
     """Raise TocomError if a micro-batch whose images are to be mixed in pairs would be of odd size."""
-    size = settings.micro_batch_size or settings.batch_size // distributed.world_size()
+    size = _micro_batch_size(settings, distributed.world_size())
     if settings.mixes and (size % 2 or settings.batch_size % size):
         raise TocomError(
             f"mixup and cutmix mix pairs: batch_size {settings.batch_size} must be a multiple of the micro-batch's"
             f" {size} images, and that even"
         )
+
+
+def _micro_batch_size(settings: Optimisation, processes: int) -> int:
+    return settings.micro_batch_size or math.ceil(settings.batch_size / processes)
 
 
 def pieces_of(batch: Tensor, settings: Optimisation, processes: int) -> tuple[Tensor, ...]:
@@ -107,7 +147,7 @@ def pieces_of(batch: Tensor, settings: Optimisation, processes: int) -> tuple[Te
     Raises:
         TocomError: the micro-batches of a full batch cannot be shared out evenly among the processes.
     """
-    size = settings.micro_batch_size or math.ceil(settings.batch_size / processes)
+    size = _micro_batch_size(settings, processes)
     number = math.ceil(settings.batch_size / size)
     if number % processes:
         raise TocomError(
@@ -191,9 +231,7 @@ class _Trainer:
             raise TocomError(
                 f"{title}: {n_images} images do not fill a batch of {settings.batch_size}; make it smaller"
             )
-        self.optimizer = create_optimizer_v2(
-            module, settings.optimizer, lr=settings.peak_lr, weight_decay=settings.weight_decay
-        )
+        self.optimizer = _optimizer(module, settings)
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
             "cosine",
@@ -300,8 +338,7 @@ class _Trainer:
         if math.isfinite(value):
             return
         if self.resume is not None and distributed.is_main():
-            for path in states(self.resume):
-                path.unlink(missing_ok=True)
+            _remove(states(self.resume) + torn(self.resume))
         raise TocomError(
             f"{self.title}: {what} became {value} in epoch {self.epoch + 1};"
             f" lower the learning rate (now {self.settings.peak_lr:g}) or check the data"
@@ -310,7 +347,11 @@ class _Trainer:
     # --- saving and loading ---------------------------------------------------------------------------------
 
     def save(self) -> None:
-        """Write everything that the rest of the run depends on; older states move one place down."""
+        """Write everything that the rest of the run depends on; older states move one place down.
+
+        Raises:
+            TocomError: the disk is full; the states that were there stay.
+        """
         self.state["seconds"] = time.monotonic() - self.started
         if self.resume is None or not distributed.is_main():
             return
@@ -323,12 +364,14 @@ class _Trainer:
             "scaler": self.scaler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
         }
+        _remove(torn(self.resume))
         with counting_files(), atomic(self.resume) as temporary:
-            torch.save(saved, temporary)
+            _write_state(saved, temporary)
             for number in range(self.settings.keep_states - 1, 0, -1):
                 older = numbered(self.resume, number - 1)
                 if older.exists():
                     older.replace(numbered(self.resume, number))
+        _remove(states(self.resume)[self.settings.keep_states :])  # those of a run that kept more
 
     def load(self, fingerprint: str) -> None:
         """Go on from the newest state that can be read and was left by a run with the same ``fingerprint``."""
@@ -350,6 +393,26 @@ class _Trainer:
             self.average.load_state_dict(saved["average"])
         self.state = {key: saved[key] for key in self.state}
         self.started = time.monotonic() - saved["seconds"]
+
+
+def _optimizer(module: nn.Module, settings: Optimisation) -> torch.optim.Optimizer:
+    try:
+        return create_optimizer_v2(module, settings.optimizer, lr=settings.peak_lr, weight_decay=settings.weight_decay)
+    except (ValueError, ImportError, AssertionError) as error:  # unknown, or of a package that is not installed
+        hint = suggest(settings.optimizer, list_optimizers())
+        raise TocomError(f"optimizer {settings.optimizer!r} cannot be had from timm ({error}){hint}") from error
+
+
+def _write_state(state: dict, path: Path) -> None:
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:  # torch reports a full disk in its own type
+        raise OSError(f"torch could not write all of it ({str(error).splitlines()[0]})") from error
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
 
 
 def _copies(parameters: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -386,12 +449,16 @@ def states(resume: Path | None) -> list[Path]:
     """Return the states of an interrupted run, the newest first."""
     if resume is None or not resume.parent.is_dir():
         return []
-    older = sorted(resume.parent.glob(f"{resume.name}.[0-9]*"), key=lambda path: int(path.suffix[1:]))
-    return [path for path in (resume, *older) if path.exists()]
+    older = resume.parent.glob(f"{glob.escape(resume.name)}.[0-9]*")
+    return [path for path in (resume, *sorted(older, key=lambda path: int(path.suffix[1:]))) if path.exists()]
+
+
+def torn(resume: Path) -> list[Path]:
+    """Return what runs that were killed while they saved a state left of it."""
+    return list(resume.parent.glob(glob.escape(f".{resume.name}.") + "*" + glob.escape(resume.suffix)))
 
 
 def forget(output: str | os.PathLike) -> None:
     """Remove the states of a run whose output has been written."""
     if distributed.is_main():
-        for path in states(resume_path(output)):
-            path.unlink(missing_ok=True)
+        _remove(states(resume_path(output)) + torn(resume_path(output)))

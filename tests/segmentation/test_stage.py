@@ -13,7 +13,7 @@ from tocom.data.loading import feed
 from tocom.errors import TocomError
 from tocom.files import load_arrays, load_tensors
 from tocom.models import load_model, save_model
-from tocom.segmentation.data import TrainViews, load, prepare
+from tocom.segmentation.data import Split, TrainViews, load, prepare
 from tocom.segmentation.metrics import Counts, miou
 from tocom.segmentation.model import Segmenter, make_head, pixel_loss
 from tocom.segmentation.model import build as build_segmenter
@@ -85,6 +85,19 @@ def test_the_same_seed_gives_the_same_bytes_whoever_loads_and_another_does_not(c
     train(backbone, scenes, tmp_path / "a", settings=QUICK.model_copy(update={"workers": 1}))
     assert checkpoints[0].read_bytes() == (tmp_path / "a").read_bytes()
     assert checkpoints[0].read_bytes() != checkpoints[1].read_bytes()
+
+
+def test_the_same_weights_run_in_another_way_do_not_resume_the_state(backbone, scenes, tmp_path, monkeypatch):
+    model, meta = load_model(backbone)
+    kwargs = meta["kwargs"] | {"pretrained_cfg_overlay": {"mean": [0.3, 0.3, 0.3]}}
+    save_model(tmp_path / "b", model, meta["architecture"], kwargs)
+    settings = QUICK.model_copy(update={"epochs": 1})
+    monkeypatch.setattr("tocom.segmentation.stage.forget", lambda output: None)  # as if killed before it was removed
+    train(backbone, scenes, tmp_path / "x", settings=settings)
+    monkeypatch.undo()
+    train(tmp_path / "b", scenes, tmp_path / "x", settings=settings)
+    train(tmp_path / "b", scenes, tmp_path / "clean", settings=settings)
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "clean").read_bytes()
 
 
 def test_compiling_and_autocast_are_heeded(backbone, scenes, tmp_path, monkeypatch):
@@ -239,6 +252,15 @@ def test_a_checkpoint_of_another_task_is_refused(checkpoints, ade20k, compensato
     prepare("ade20k", tmp_path / "data", 32, SegmentationSizes(val=2), ade20k)
     with pytest.raises(TocomError, match=r"trained for another task \(scenes, not ade20k\)"):
         evaluate(checkpoints[:1], tmp_path / "data", compensator, [tmp_path / "y"], [0, 8], EVALUATE)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_image_that_cannot_be_read_is_one_line_whoever_loads_it(checkpoints, tmp_path, workers):
+    (tmp_path / "x.png").write_bytes(b"no image")
+    split = Split((tmp_path / "x.png",), (tmp_path / "x.png",), 32, 7)
+    with pytest.raises(TocomError, match=f"^{tmp_path / 'x.png'} ") as caught:
+        segment(load_segmenter(checkpoints[0])[0], split, 1, workers=workers)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_size_that_patches_do_not_divide_is_refused(backbone, tmp_path):

@@ -12,7 +12,7 @@ from tests.small import ARCHITECTURE, KWARGS, build
 from tocom.compensator import Compensator
 from tocom.data.registry import pretraining_files
 from tocom.errors import TocomError
-from tocom.models import create, save_model
+from tocom.models import create, load_model, save_model
 from tocom.settings import DistilSettings
 from tocom.stages.distil import Distiller, distil, distillation_loss, draw_pair
 from tocom.training import normalise
@@ -83,6 +83,20 @@ def test_another_highest_degree_does_not_resume_the_state_of_the_first(backbone,
     distil(backbone, tmp_path / "x", 3, settings=QUICK)
     distil(backbone, tmp_path / "clean", 3, settings=QUICK)
     assert (tmp_path / "x").read_bytes() == (tmp_path / "clean").read_bytes()
+
+
+def test_the_same_weights_run_in_another_way_do_not_resume_the_state(backbone, tmp_path, monkeypatch):
+    model, meta = load_model(backbone)
+    kwargs = meta["kwargs"] | {"pretrained_cfg_overlay": {"mean": [0.3, 0.3, 0.3]}}
+    save_model(tmp_path / "b", model, meta["architecture"], kwargs)
+    assert load_model(tmp_path / "b")[1]["sha256"] == meta["sha256"]
+    monkeypatch.setattr("tocom.stages.distil.forget", lambda output: None)  # as if killed before it was removed
+    distil(backbone, tmp_path / "x", 4, settings=QUICK)
+    monkeypatch.undo()
+    distil(tmp_path / "b", tmp_path / "x", 4, settings=QUICK)
+    distil(tmp_path / "b", tmp_path / "clean", 4, settings=QUICK)
+    assert (tmp_path / "x").read_bytes() == (tmp_path / "clean").read_bytes()
+    assert Compensator.load(tmp_path / "x").metadata["mean"] == [0.3, 0.3, 0.3]
 
 
 def test_a_backbone_of_another_size_needs_its_own_images_and_takes_them(tmp_path):

@@ -9,7 +9,7 @@ from tocom.data.registry import read
 from tocom.errors import TocomError
 from tocom.files import load_arrays, save_arrays
 from tocom.models import load_model
-from tocom.settings import EvaluateSettings, FinetuneSettings, ThroughputSettings
+from tocom.settings import EvaluateSettings, FinetuneSettings, ThroughputSettings, TuningSettings
 from tocom.stages.evaluate import evaluate
 from tocom.stages.finetune import finetune
 from tocom.stages.throughput import throughput
@@ -127,6 +127,21 @@ def test_a_compensator_of_another_backbone_is_refused(checkpoints, digits, compe
     assert not (tmp_path / "0.predictions").exists()
 
 
+@pytest.mark.parametrize(("name", "value"), [("proportional_attention", False), ("mean", [0.1, 0.2, 0.3])])
+def test_a_compensator_of_a_backbone_run_in_another_way_is_refused(
+    checkpoints, digits, compensator, tmp_path, name, value
+):
+    other = Compensator.load(compensator)
+    assert other.metadata[name] != value
+    other.metadata[name] = value
+    other.save(tmp_path / "other")
+    with pytest.raises(TocomError, match=f"is run with {name} .*; distil one for the backbone"):
+        run(checkpoints, digits, tmp_path / "other", tmp_path)
+    del other.metadata[name]  # as an older file
+    other.save(tmp_path / "old")
+    run(checkpoints, digits, tmp_path / "old", tmp_path)
+
+
 def test_a_degree_beyond_the_compensator_is_refused_and_nothing_is_written(checkpoints, digits, compensator, tmp_path):
     with pytest.raises(TocomError, match="degree 5 is out of range"):
         run(checkpoints, digits, compensator, tmp_path, degrees=(0, 5))
@@ -143,6 +158,22 @@ def test_a_tasks_own_gap_gives_the_weights_of_the_high_degree(checkpoints, digit
     with torch.no_grad():
         logits = CompressedViT(high, "tome", 4).eval()(normalise(torch.from_numpy(arrays["test_images"]), high))
     assert abs(rows[1]["correct"] - int((logits.argmax(-1).numpy() == arrays["test_labels"]).sum())) <= 1
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_gap_between_models_that_were_tuned_in_different_ways_is_refused(
+    backbone, checkpoints, digits, tmp_path, swapped
+):
+    settings = QUICK.model_copy(update={"tuning": TuningSettings(mode="adaptformer", adapter_width=4), "epochs": 1})
+    for degree in (0, 4):
+        finetune(backbone, digits, tmp_path / f"{degree}", degree, 0, settings=settings)
+    folders = {"digits": checkpoints, "other": tmp_path}
+    if swapped:
+        folders = {"digits": tmp_path, "other": checkpoints}
+    paths = {(name, 0): (str(folder / "0"), str(folder / "4")) for name, folder in folders.items()}
+    with pytest.raises(TocomError, match=r"'other' and 'digits' do not have the same weights.*same tuning") as caught:
+        transfer(paths, digits, SETTINGS)
+    assert "\n" not in str(caught.value)
 
 
 def test_throughput_has_a_pair_of_rows_for_each_degree(backbone, compensator):

@@ -83,23 +83,30 @@ def test_a_held_out_figure_that_turns_nan_leaves_no_output(backbone, digits, tmp
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("change", ["backbone", "data", "max_degree"])
+@pytest.mark.parametrize("change", ["backbone", "attention", "data", "max_degree"])
 def test_a_state_that_other_inputs_left_is_not_resumed(backbone, digits, tmp_path, monkeypatch, change):
     model, meta = load_model(backbone)
     model.cls_token.data += 1
     save_model(tmp_path / "backbone", model, meta["architecture"], meta["kwargs"])
+    described = {"proportional_attention": False}  # the same weights, run in another way
+    save_model(tmp_path / "attention", load_model(backbone)[0], meta["architecture"], meta["kwargs"], **described)
     prepare("digits", tmp_path / "data", {"train": 64, "val": 32, "test": 39})
-    other = {"backbone": tmp_path / "backbone", "data": tmp_path / "data", "max_degree": 3}
+    other = {
+        "backbone": {"backbone": tmp_path / "backbone"},
+        "attention": {"backbone": tmp_path / "attention"},
+        "data": {"data": tmp_path / "data"},
+        "max_degree": {"max_degree": 3},
+    }[change]
     usual = {"backbone": backbone, "data": digits, "max_degree": 4}
 
     def run(name, changes, keep_state=False):
         finetune(output=tmp_path / name, train_degree="random", seed=0, settings=QUICK, keep_state=keep_state,
                  **usual | changes)  # fmt: skip
 
-    run("clean", {change: other[change]})
+    run("clean", other)
     run("x", {}, keep_state=True)
     assert resume_path(tmp_path / "x").exists()
-    run("x", {change: other[change]})
+    run("x", other)
     assert (tmp_path / "x").read_bytes() == (tmp_path / "clean").read_bytes()
 
 
@@ -122,6 +129,10 @@ def test_a_model_that_is_used_as_it_is_is_only_scored_and_described(backbone, di
     assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
     assert about["val_accuracy"] == pytest.approx(trained["val_accuracy"])
     assert after[1]["backbone_sha256"] == before[1]["backbone_sha256"]
+    with pytest.raises(TocomError, match="was trained with train_degree 2, not 0"):
+        finetune(
+            backbone, digits, tmp_path / "y", 0, 0, settings=as_it_is, fine_tuned=tmp_path / "elsewhere.safetensors"
+        )
     with pytest.raises(TocomError, match="classifier for 41 classes, the task has 10"):
         finetune(backbone, digits, tmp_path / "y", 0, 0, settings=as_it_is)
     with pytest.raises(TocomError, match=r"set finetune\.tuning\.mode"):
@@ -169,6 +180,21 @@ def test_augmentation_by_timm_does_not_depend_on_the_number_of_workers(backbone,
         settings = QUICK.model_copy(update=strong | {"workers": workers})
         finetune(backbone, tmp_path / "data", tmp_path / f"{workers}", 2, 0, settings=settings)
     assert (tmp_path / "0").read_bytes() == (tmp_path / "2").read_bytes()
+
+
+def test_an_operation_whose_result_varies_is_refused_unless_the_settings_allow_it(
+    backbone, digits, tmp_path, monkeypatch
+):
+    def shift(images, pixels):  # a shift with an operation that torch refuses on every device
+        images.float().put_(torch.tensor([0]), torch.ones(1))
+        return random_shift(images, pixels)
+
+    monkeypatch.setattr("tocom.stages.finetune.random_shift", shift)
+    with pytest.raises(TocomError, match=r"^put_ gives results that vary .*--set deterministic=false"):
+        train(backbone, digits, tmp_path / "x")
+    with pytest.warns(UserWarning, match="put_ does not have a deterministic implementation"):
+        train(backbone, digits, tmp_path / "x", deterministic=False)
+    assert load_tensors(tmp_path / "x")[1]["recipe"]["deterministic"] is False
 
 
 def test_mixing_needs_batches_that_pair_off(backbone, digits, tmp_path):

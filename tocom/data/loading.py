@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from tocom.data.images import open_image
+from tocom.errors import TocomError
 from tocom.seeds import derive_seed, seed_cpu
 from tocom.settings import Augmentation
 
@@ -69,22 +70,46 @@ def train_transform(model: nn.Module, settings: Augmentation) -> Callable:
     """Return timm's training transform for a model's input size, mean and standard deviation.
 
     It is that of DeiT (arXiv 2012.12877, table 9) with bicubic crops.
-    """
-    from timm.data import create_transform
 
-    return create_transform(
-        (3, *model.patch_embed.img_size),
-        is_training=True,
-        scale=(settings.min_crop, 1.0),
-        hflip=settings.horizontal_flip,
-        color_jitter=settings.color_jitter,
-        auto_augment=settings.auto_augment,
-        re_prob=settings.random_erasing,
-        re_mode="pixel",
-        interpolation="bicubic",
-        mean=model.pretrained_cfg["mean"],
-        std=model.pretrained_cfg["std"],
-    )
+    Raises:
+        TocomError: timm does not know the policy ``auto_augment``.
+    """
+    from timm.data import auto_augment, create_transform
+
+    for name, operation in auto_augment.NAME_TO_OP.items():
+        if operation is auto_augment.posterize:
+            auto_augment.NAME_TO_OP[name] = posterize
+    try:
+        return create_transform(
+            (3, *model.patch_embed.img_size),
+            is_training=True,
+            scale=(settings.min_crop, 1.0),
+            hflip=settings.horizontal_flip,
+            color_jitter=settings.color_jitter,
+            auto_augment=settings.auto_augment,
+            re_prob=settings.random_erasing,
+            re_mode="pixel",
+            interpolation="bicubic",
+            mean=model.pretrained_cfg["mean"],
+            std=model.pretrained_cfg["std"],
+        )
+    except (AssertionError, ValueError, IndexError) as error:  # all other arguments are checked
+        raise TocomError(
+            f"auto_augment {settings.auto_augment!r} is no policy that timm knows ({error});"
+            " write one such as rand-m9-mstd0.5-inc1, or null"
+        ) from None
+
+
+def posterize(image, bits_to_keep: int, **_):
+    """Keep the highest bits of a PIL image's channels, as timm's operation of this name does, and also none of them.
+
+    RandAugment's strongest magnitude keeps none, which makes the image black; Pillow refuses that from version 13 on.
+    """
+    from PIL import ImageOps
+
+    if bits_to_keep <= 0:
+        return image.point(lambda _: 0)
+    return image if bits_to_keep >= 8 else ImageOps.posterize(image, bits_to_keep)
 
 
 def feed(data: TrainImages, workers: int, pin: bool = False) -> Callable[[int, list[Tensor]], Iterator]:
@@ -98,9 +123,22 @@ def feed(data: TrainImages, workers: int, pin: bool = False) -> Callable[[int, l
         keys = [[(epoch, index) for index in piece.tolist()] for piece in pieces]
         # A generator of its own: the loader must not draw from the training's random stream.
         generator = torch.Generator().manual_seed(derive_seed(data.seed, "loader", epoch))
-        return iter(DataLoader(data, batch_sampler=keys, num_workers=workers, pin_memory=pin, generator=generator))
+        loader = DataLoader(data, batch_sampler=keys, num_workers=workers, pin_memory=pin, generator=generator)
+        return in_one_line(iter(loader))
 
     return start
+
+
+def in_one_line(items: Iterator) -> Iterator:
+    """Yield what a loader yields; of a TocomError in a loading process, leave its own line, not the traceback above."""
+    try:
+        yield from items
+    except TocomError as error:
+        raise TocomError(str(error).strip().splitlines()[-1].removeprefix(f"{_name(TocomError)}: ")) from None
+
+
+def _name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def mixer(settings: Augmentation, classes: int, label_smoothing: float):

@@ -29,6 +29,12 @@ class SegmentationSizes(Settings):
 class SegmentationTraining(Optimisation):
     """How a backbone and its head are trained to segment, all weights together."""
 
+    # torch has no deterministic cross-entropy of images (nll_loss2d) on a GPU.
+    deterministic: bool = Field(
+        False,
+        description="refuse GPU operations whose results vary from run to run, which the loss of pixels (nll_loss2d) is"
+        " one of, so true works on a CPU alone; false: warn only",
+    )
     head: Literal["linear", "conv"] = Field(
         "linear", description="a 1 x 1 convolution; or a 3 x 3 one, group norm and GELU before it"
     )

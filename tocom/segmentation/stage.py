@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from tocom import distributed
+from tocom.bundled import resolve
 from tocom.compensator import Compensator
-from tocom.data.loading import feed
+from tocom.data.loading import feed, in_one_line
 from tocom.errors import TocomError
 from tocom.files import save_arrays, sha256
 from tocom.models import pick_device
@@ -32,7 +33,7 @@ from tocom.segmentation.model import save as save_segmenter
 from tocom.segmentation.scenes import IGNORED
 from tocom.segmentation.settings import SegmentationTraining
 from tocom.settings import PLAIN, TOCOM, EvaluateSettings
-from tocom.training import autocast, bar, compiled, fit, forget, make_deterministic, normalise, resume_path
+from tocom.training import autocast, bar, compiled, explained, fit, forget, make_deterministic, normalise, resume_path
 from tocom.vit import gflops
 
 #: Images of a forward pass on the validation split while training.
@@ -57,7 +58,7 @@ def segment(
     # A generator of its own: the loader must not draw from the training's random stream.
     loader = DataLoader(split, batch_sampler=batches, num_workers=workers, generator=torch.Generator())
     results = []
-    for item in loader:
+    for item in in_one_line(iter(loader)):
         images, labels = (part.to(device) for part in item)
         labels = labels.long()
         with autocast(precision, device):
@@ -71,6 +72,7 @@ def segment(
     return counts, float(np.concatenate([loss for _, loss in results]).sum()) / max(labelled, 1)
 
 
+@explained()
 def train(
     backbone: str | os.PathLike,
     data: str | os.PathLike,
@@ -94,10 +96,11 @@ def train(
         What is stored with the checkpoint.
 
     Raises:
-        TocomError: an input is missing or corrupt, the degree is out of range, or the loss turns NaN.
+        TocomError: an input is missing or corrupt, the degree is out of range, the loss turns NaN, or an operation's
+            results vary from run to run and ``deterministic`` is set.
     """
     settings = settings or SegmentationTraining()
-    make_deterministic(settings.threads)
+    make_deterministic(settings.threads, settings.deterministic)
     device = distributed.own_device(pick_device(settings.device))
     with distributed.processes(device):
         task = load_data(data)
@@ -125,7 +128,8 @@ def train(
             return float(miou(counts)), -loss
 
         title = f"segment {task.name} degree {train_degree} seed {seed}"
-        identity = {key: about[key] for key in ("backbone_sha256", "compressor")} | {"data": sha256(data)}
+        # The backbone's metadata, too, decide how it is run.
+        identity = {"backbone": sha256(resolve(backbone)), "data": sha256(data), "compressor": compressor}
         loader = feed(views, settings.workers, pin=device.type == "cuda")
         record = fit(
             step, segmenter, len(views), settings, run_seed, score, title, identity, resume_path(output), feed=loader

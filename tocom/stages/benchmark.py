@@ -8,8 +8,8 @@ What is measured at degree d, on a backbone with random weights (speed does not 
   (method: arXiv 2408.06798, section 4.2), so that at d = 0 the teacher runs at degree 1, the nearest to it;
 - evaluation: a forward pass at degree d of a model that was trained at degree 0, with P_0->d folded in.
 
-Recipes are the defaults of the stages. The images are random and lie on the device: reading and augmenting them is left
-out, and so is whatever a study does between steps.
+Recipes are the defaults of the stages, but for ``deterministic``: GPU operations may vary from run to run. The images
+are random and lie on the device: reading and augmenting them is left out, and so is what a study does between steps.
 """
 
 from __future__ import annotations

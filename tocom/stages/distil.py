@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tocom import distributed
+from tocom.bundled import resolve
 from tocom.compensator import Compensator
 from tocom.data.glyphs import SIZE
 from tocom.data.images import decode
 from tocom.data.loading import TrainImages, feed, mixer, train_transform
 from tocom.data.registry import pack_paths, split_files
 from tocom.errors import TocomError
-from tocom.files import digest
+from tocom.files import digest, sha256
 from tocom.models import check_classifier, load_model, pick_device
 from tocom.seeds import derive_seed
 from tocom.settings import DistilSettings
@@ -28,6 +29,7 @@ from tocom.training import (
     autocast,
     check_pairs,
     compiled,
+    explained,
     fit,
     forget,
     make_deterministic,
@@ -154,6 +156,7 @@ def _training_step(
     return from_memory, None
 
 
+@explained()
 def distil(
     backbone: str | os.PathLike,
     output: str | os.PathLike,
@@ -176,10 +179,11 @@ def distil(
         What is stored with the compensator: hashes, recipe, held-out KL with and without it (nats).
 
     Raises:
-        TocomError: an input is missing or corrupt, the backbone has no classifier, or the loss turns NaN.
+        TocomError: an input is missing or corrupt, the backbone has no classifier, the loss turns NaN, or an
+            operation's results vary from run to run and ``deterministic`` is set.
     """
     settings = settings or DistilSettings()
-    make_deterministic(settings.threads)
+    make_deterministic(settings.threads, settings.deterministic)
     device = distributed.own_device(pick_device(settings.device))
     with distributed.processes(device):
         teacher, about = load_model(backbone)
@@ -200,10 +204,13 @@ def distil(
             teacher, student, compensator, about, lambda vit: compiled(vit, settings), settings.compile is not None
         ).to(device)
         images, held_out = _pretraining_images(teacher, files, settings)
-        record, before = _train(distiller, images, held_out, seed, settings, about["sha256"], output)
+        record, before = _train(distiller, images, held_out, seed, settings, sha256(resolve(backbone)), output)
         compensator.metadata = {
             "backbone": about["architecture"],
             "backbone_sha256": about["sha256"],
+            "proportional_attention": about.get("proportional_attention", True),
+            "mean": list(teacher.pretrained_cfg["mean"]),
+            "std": list(teacher.pretrained_cfg["std"]),
             "seed": seed,
             "recipe": settings.recipe(),
             "best_epoch": record["best_epoch"],

@@ -85,7 +85,7 @@ def evaluate_checkpoint(
             f"{checkpoint} was fine-tuned for {meta.get('task')!r}, not for {task.name!r}; check the paths"
         )
     for variant in variants:
-        _check_backbone(checkpoint, meta, variant)
+        _check_backbone(checkpoint, meta, model.pretrained_cfg, variant)
     source = meta["train_degree"]
     vit = compressed(model.to(task.device), meta, meta["compressor"], 0 if source == RANDOM else source)
     cells, predictions = [], []
@@ -115,14 +115,26 @@ def evaluate_checkpoint(
     return cells, np.stack(predictions), meta
 
 
-def _check_backbone(checkpoint: str | os.PathLike, meta: dict, variant: Variant) -> None:
-    """Raise TocomError if a compensator was distilled on another backbone than the checkpoint comes from."""
+def _check_backbone(checkpoint: str | os.PathLike, meta: dict, cfg: dict, variant: Variant) -> None:
+    """Raise TocomError if a compensator was distilled on another backbone, or on one run in another way.
+
+    What a compensator's file does not say (a foreign one, or an old one) is not checked.
+    """
     made_for = variant.compensator.metadata.get("backbone_sha256", meta["backbone_sha256"])
     if made_for != meta["backbone_sha256"]:
         raise TocomError(
             f"{checkpoint} was fine-tuned from another backbone than this compensator was distilled on"
             f" ({meta['backbone_sha256'][:12]}, {made_for[:12]}); distil one for its backbone"
         )
+    run = {"proportional_attention": meta.get("proportional_attention", True)}
+    run |= {name: list(cfg[name]) for name in ("mean", "std")}
+    for name, value in run.items():
+        distilled = variant.compensator.metadata.get(name, value)
+        if distilled != value:
+            raise TocomError(
+                f"{checkpoint} is run with {name} {value}, this compensator was distilled with {distilled};"
+                " distil one for the backbone that it was fine-tuned from"
+            )
 
 
 def evaluate(

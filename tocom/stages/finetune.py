@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tocom import distributed
+from tocom.bundled import resolve
 from tocom.data.loading import TrainImages, feed, mixer, train_transform
 from tocom.errors import TocomError
 from tocom.files import sha256
@@ -22,6 +23,7 @@ from tocom.stages.common import TaskData, check_size, compressed, load_task, pre
 from tocom.training import (
     check_pairs,
     compiled,
+    explained,
     fit,
     forget,
     make_deterministic,
@@ -56,6 +58,7 @@ class Run:
         return [0, self.max_degree // 2, self.max_degree] if self.train_degree == RANDOM else [self.train_degree]
 
 
+@explained()
 def finetune(
     backbone: str | os.PathLike,
     data: str | os.PathLike,
@@ -87,12 +90,13 @@ def finetune(
         What is stored with the checkpoint.
 
     Raises:
-        TocomError: an input is missing or corrupt, the degree is out of range, or the loss turns NaN.
+        TocomError: an input is missing or corrupt, the degree is out of range, the loss turns NaN, or an operation's
+            results vary from run to run and ``deterministic`` is set.
     """
     settings = settings or FinetuneSettings()
     check_degree(train_degree, max_degree)
     run = Run(train_degree, seed, compressor, max_degree)
-    make_deterministic(settings.threads)
+    make_deterministic(settings.threads, settings.deterministic)
     device = distributed.own_device(pick_device(settings.device))
     with distributed.processes(device):
         task = load_task(data, device)
@@ -127,7 +131,7 @@ def _train(backbone, data, task: TaskData, output, run: Run, settings: FinetuneS
 
     step, loader = _training_step(vit, task, settings, run_seed)
     identity = {
-        "backbone": about["sha256"],
+        "backbone": sha256(resolve(backbone)),  # its metadata, too, decide how it is run
         "data": sha256(data),
         "compressor": run.compressor,
         "max_degree": run.max_degree if run.train_degree == RANDOM else None,
@@ -194,7 +198,7 @@ def _training_step(
 
 def _keep_as_it_is(fine_tuned, backbone, task: TaskData, output, run: Run, settings: FinetuneSettings) -> dict:
     """Write a model that was fine-tuned elsewhere with what evaluation needs to know of it."""
-    model, about = load_fine_tuned(fine_tuned, backbone, task.classes)
+    model, about = load_fine_tuned(fine_tuned, backbone, task.classes, run.train_degree, run.compressor)
     check_size(task, model)
     if run.train_degree == RANDOM:
         raise TocomError("a model that is used as it is was trained at one degree; leave 'random' out of train_degrees")

@@ -7,12 +7,13 @@ import os
 import torch
 from torch.nn import functional as F
 
+from tocom import distributed
 from tocom.data import glyphs
 from tocom.models import create, pick_device, save_model
 from tocom.seeds import derive_seed
 from tocom.settings import PretrainSettings
 from tocom.stages.common import predict
-from tocom.training import fit, forget, make_deterministic, normalise, resume_path
+from tocom.training import explained, fit, forget, make_deterministic, normalise, resume_path
 from tocom.vit import CompressedViT
 
 #: Seeds of the letters; the held-out ones are never trained on, by any stage.
@@ -31,6 +32,7 @@ def accuracy(vit: CompressedViT, images: torch.Tensor, labels: torch.Tensor, bat
     return (logits.argmax(-1) == labels).double().mean().item()
 
 
+@explained()
 def pretrain(
     output: str | os.PathLike,
     architecture: str,
@@ -39,7 +41,7 @@ def pretrain(
     degrees: list[int],
     settings: PretrainSettings,
 ) -> dict:
-    """Train a timm ViT on letters and write it as a checkpoint.
+    """Train a timm ViT on letters and write it as a checkpoint; under torchrun, all processes train one model.
 
     Args:
         architecture, kwargs: what timm builds.
@@ -48,40 +50,43 @@ def pretrain(
     Returns:
         The metadata: held-out accuracy at every degree, best epoch, minutes.
     """
-    make_deterministic(settings.threads)
-    device = pick_device(settings.device)
-    torch.manual_seed(derive_seed(seed, "initial weights"))
-    model = create(architecture, kwargs | {"drop_path_rate": settings.drop_path}).to(device)
-    images, labels = letters(settings.images)
-    held_out = letters(settings.held_out, held_out=True)
+    make_deterministic(settings.threads, settings.deterministic)
+    device = distributed.own_device(pick_device(settings.device))
+    with distributed.processes(device):
+        torch.manual_seed(derive_seed(seed, "initial weights"))
+        model = create(architecture, kwargs | {"drop_path_rate": settings.drop_path}).to(device)
+        images, labels = letters(settings.images)
+        held_out = letters(settings.held_out, held_out=True)
 
-    def step(indices):
-        logits = model(normalise(images[indices].to(device), model))
-        return F.cross_entropy(logits, labels[indices].to(device), label_smoothing=settings.label_smoothing)
+        def step(indices):
+            logits = model(normalise(images[indices].to(device), model))
+            return F.cross_entropy(logits, labels[indices].to(device), label_smoothing=settings.label_smoothing)
 
-    vit = CompressedViT(model)
-    title = f"pretrain seed {seed}"
-    record = fit(
-        step,
-        model,
-        len(images),
-        settings,
-        seed,
-        lambda: (accuracy(vit, *held_out),),
-        title,
-        {"architecture": architecture, "kwargs": kwargs},
-        resume_path(output),
-    )
-    by_degree = {str(degree): accuracy(vit.set_degree(degree), *held_out) for degree in degrees}
-    metadata = {
-        "seed": seed,
-        "recipe": settings.model_dump(mode="json"),
-        "best_epoch": record["best_epoch"],
-        "losses": record["losses"],
-        "accuracy": by_degree,
-        "data": "glyph letters",
-        "minutes": round(record["seconds"] / 60, 1),
-    }
-    save_model(output, model, architecture, kwargs, **metadata)
-    forget(output)
-    return metadata
+        vit = CompressedViT(model)
+        title = f"pretrain seed {seed}"
+        record = fit(
+            step,
+            model,
+            len(images),
+            settings,
+            seed,
+            lambda: (accuracy(vit, *held_out),),
+            title,
+            {"architecture": architecture, "kwargs": kwargs},
+            resume_path(output),
+        )
+        by_degree = {str(degree): accuracy(vit.set_degree(degree), *held_out) for degree in degrees}
+        metadata = {
+            "seed": seed,
+            "recipe": settings.model_dump(mode="json"),
+            "best_epoch": record["best_epoch"],
+            "losses": record["losses"],
+            "accuracy": by_degree,
+            "data": "glyph letters",
+            "minutes": round(record["seconds"] / 60, 1),
+        }
+        if distributed.is_main():
+            save_model(output, model, architecture, kwargs, **metadata)
+        distributed.wait_for_all()
+        forget(output)
+        return metadata

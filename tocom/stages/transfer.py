@@ -30,6 +30,16 @@ def add_gap(model: torch.nn.Module, low: dict, high: dict) -> None:
             parameter.add_(high[name].to(parameter.device) - low[name].to(parameter.device))
 
 
+def _check_same_weights(source: str, target: str, states: list[dict]) -> None:
+    """Raise TocomError unless all models have the same weights but for the classifier, by name and shape."""
+    first, *others = [{name: value.shape for name, value in state.items() if not is_head(name)} for state in states]
+    if any(other != first for other in others):
+        raise TocomError(
+            f"the models of {source!r} and {target!r} do not have the same weights, so no gap can be carried from one"
+            " to the other; fine-tune both with the same tuning (tuning.mode and its sizes), or leave one out"
+        )
+
+
 def transfer(
     checkpoints: dict[tuple[str, int], tuple[str, str]],
     data: str | os.PathLike,
@@ -46,7 +56,8 @@ def transfer(
         n, correct, accuracy.
 
     Raises:
-        TocomError: a checkpoint is missing or corrupt, or the target task has none.
+        TocomError: a checkpoint is missing or corrupt, the target task has none, or the tasks' models do not have the
+            same weights.
     """
     settings = settings or EvaluateSettings()
     make_deterministic(settings.threads)
@@ -64,6 +75,7 @@ def transfer(
                 model, low = load_model(checkpoints[task.name, seed][0])
                 if source != NO_GAP:
                     states = [load_model(path)[0].state_dict() for path in checkpoints[source, seed]]
+                    _check_same_weights(source, task.name, [model.state_dict(), *states])
                     add_gap(model, *states)
                 vit = compressed(model.to(task.device), low, low["compressor"], degree)
                 logits = predict(vit, task.test.images, settings.batch_size, settings.precision)
