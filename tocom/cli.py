@@ -272,6 +272,7 @@ def throughput(
     compensator: Annotated[Path, typer.Option(help="What `tocom distil` wrote.")],
     degree: Annotated[list[int], typer.Option(help="Degree. Repeatable.")],
     compressor: CompressorOption = "tome",
+    image_size: Annotated[Optional[int], typer.Option(help="Side in pixels; by default the backbone's own.")] = None,
     column: Columns = None,
     sets: Sets = None,
 ) -> None:
@@ -282,7 +283,7 @@ def throughput(
 
     settings = parse(ThroughputSettings, sets or [])
     with timed("evaluate", settings.threads):
-        write_rows(stage(backbone, compensator, degree, compressor, settings), output, _columns(column))
+        write_rows(stage(backbone, compensator, degree, compressor, settings, image_size), output, _columns(column))
 
 
 @app.command()

@@ -517,6 +517,11 @@ class Study(Settings):
         entry = self.task(task)
         return f"--fine-tuned {shlex.quote(entry.fine_tuned)}" if entry.fine_tuned else ""
 
+    def throughput_options(self) -> str:
+        """Return how `tocom throughput` measures: images of the size that a study segments, or the backbone's."""
+        size = f" --image-size {self.segmentation.image_size}" if self.segmentation else ""
+        return self.throughput.options() + size
+
     def scales_options(self) -> str:
         """Return the candidate scales of the variants that have their own, for `tocom evaluate`."""
         own = {name: self.scales_for(name) for name in self.compensators}

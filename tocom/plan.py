@@ -209,6 +209,7 @@ def works(study: Study, sizes: Mapping[str, Sizes], distil_images: Mapping[str |
                 found += [_transfer(study, runs, sizes[task.name]) for task in study.tasks]
             if study.segmentation:
                 found += _segmentation(study, backbone.name, compressor, sizes[study.segmentation.name])
+                runs = _segmenter(study, backbone.name, compressor)  # its speed is measured at that size
             found += _throughput(study, runs)
     return found
 
@@ -296,13 +297,18 @@ def _transfer(study: Study, runs: Runs, sizes: Sizes) -> Work:
     return Work("transfer", runs, "infer", study.evaluate.precision, (study.gap_degrees[1],), images)
 
 
+def _segmenter(study: Study, backbone: str, compressor: str) -> Runs:
+    wanted = study.segmentation
+    return Runs(backbone, compressor, wanted.image_size, Head(wanted.train.head, wanted.n_classes))
+
+
 def _segmentation(study: Study, backbone: str, compressor: str, sizes: Sizes) -> list[Work]:
     """Train on the training images and score the validation images after every epoch; then evaluate every cell.
 
     Unlike in classification, a single candidate scale is tried, too, and only the main variant of ToCom is evaluated.
     """
-    wanted, training, evaluated = study.segmentation, study.segmentation.train, study.evaluate
-    runs = Runs(backbone, compressor, wanted.image_size, Head(training.head, wanted.n_classes))
+    training, evaluated = study.segmentation.train, study.evaluate
+    runs = _segmenter(study, backbone, compressor)
     found = []
     for checkpoint in study.checkpoints:
         degrees, own = study.infer_degrees, (checkpoint.train_degree,)

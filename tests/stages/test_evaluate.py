@@ -183,3 +183,10 @@ def test_throughput_has_a_pair_of_rows_for_each_degree(backbone, compensator):
     assert all(row["images_per_second"] > 0 and row["memory_mb"] > 0 for row in rows)
     assert rows[2]["gflops"] == rows[3]["gflops"] < rows[0]["gflops"]
     assert rows[2]["memory_mb"] <= rows[0]["memory_mb"]
+
+
+def test_throughput_is_measured_at_the_size_asked_for(backbone, compensator):
+    settings = ThroughputSettings(batch_size=2, repeats=1, warmup=1, device="cpu")
+    own, larger = (throughput(backbone, compensator, [0], settings=settings, image_size=size)[0] for size in (None, 64))
+    assert (own["image_size"], larger["image_size"]) == (32, 64)
+    assert larger["gflops"] > 3 * own["gflops"]

@@ -145,11 +145,15 @@ def throughput(
     degrees: list[int],
     compressor: str = "tome",
     settings: ThroughputSettings | None = None,
+    image_size: int | None = None,
 ) -> list[dict]:
     """Time the uncompressed model, the compressed model and the compressed model with ToCom folded in.
 
     The three take turns within each repeat, in an order that changes, so that a noisy machine treats them alike;
     ratios are medians over repeats of the ratio within a repeat.
+
+    Args:
+        image_size: side in pixels of the images; by default the backbone's own, else position embeddings are resized.
 
     Returns:
         A row for each (degree, compensated): images_per_second (median), speedup (over the uncompressed model),
@@ -162,7 +166,7 @@ def throughput(
     device = pick_device(settings.device)
     rows = []
     for degree in bar(degrees, "throughput"):
-        vits = {name: _make(backbone, device, compressor) for name in ("uncompressed", "plain", "folded")}
+        vits = {name: _make(backbone, device, compressor, image_size) for name in ("uncompressed", "plain", "folded")}
         vits["plain"].set_degree(degree)
         vits["folded"].attach(Compensator.load(compensator).to(device)).set_degree(degree)
         images = random_images(vits["plain"], settings.batch_size, device)
@@ -183,6 +187,7 @@ def throughput(
                     "ratio_low": low if compensated else 1.0,
                     "ratio_high": high if compensated else 1.0,
                     "memory_mb": _peak_memory_mb(vits[name], images, settings.precision),
+                    "image_size": images.shape[-1],
                     "batch_size": settings.batch_size,
                     "repeats": settings.repeats,
                     "threads": settings.threads,
@@ -213,8 +218,10 @@ def _peak_memory_mb(vit: CompressedViT, images: torch.Tensor, precision: str) ->
         return peak_memory_mb(vit, images)
 
 
-def _make(backbone: str | os.PathLike, device: torch.device, compressor: str) -> CompressedViT:
+def _make(backbone: str | os.PathLike, device: torch.device, compressor: str, image_size: int | None) -> CompressedViT:
     model, about = load_model(backbone)
+    if image_size is not None and tuple(model.patch_embed.img_size) != (image_size, image_size):
+        model.set_input_size(img_size=(image_size, image_size))
     return compressed(model.to(device), about, compressor).eval()
 
 

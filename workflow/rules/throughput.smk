@@ -21,7 +21,7 @@ rule throughput:
         gpu=STUDY.gpus("throughput", STUDY.throughput.device),
     params:
         degrees=options("degree", sorted({0, *STUDY.infer_degrees})),
-        settings=STUDY.throughput.options(),
+        settings=STUDY.throughput_options(),
         columns=lambda wildcards: options(
             "column", [f"study={STUDY.study}", f"backbone={wildcards.backbone}"]
         ),
