@@ -132,3 +132,12 @@ def loop_merge():
         return torch.stack(merged), merged_sizes
 
     return merge
+
+
+def pytest_collection_modifyitems(items):
+    """Start with what takes longest, so that no worker is left with it at the end."""
+
+    def order(item):
+        return "every_study_makes" not in item.name, "tests/workflow" not in item.path.as_posix()
+
+    items.sort(key=order)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from filelock import FileLock
 
 from tocom.analysis.cells import COLUMNS
 from tocom.config import read_study
@@ -33,12 +34,17 @@ def snakemake(folder, *words, cores=2, **options):
     return subprocess.run(command, cwd=folder, env=ENVIRONMENT, **settings)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    folder = workplace(tmp_path_factory.mktemp("finished"))
-    result = snakemake(folder, "--configfile", TINY)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return folder
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory, worker_id):
+    """The tiny study, run to its end once for all of xdist's workers, each of which has a copy."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base if worker_id == "master" else base.parent) / "tiny"
+    with FileLock(f"{shared}.lock"):
+        if not shared.exists():
+            shared.mkdir()
+            result = snakemake(workplace(shared), "--configfile", TINY)
+            assert result.returncode == 0, result.stdout + result.stderr
+    return shutil.copytree(shared, base / "finished")
 
 
 def test_a_run_leaves_everything_that_the_config_asks_for(finished):
