@@ -245,7 +245,7 @@ def _held_out_kl(run: Run, backbone: str, compressor: str, name: str, key: str =
     if file is None or not Path(file).is_file():
         return NOT_RUN
     kl = load_arrays(file)[1].get(key)
-    return "–" if kl is None else f"{kl:.4f}"
+    return "–" if kl is None else f"{round(kl, 4) + 0.0:.4f}"  # never "-0.0000"
 
 
 def _transfer(run: Run) -> list[Table]:
