@@ -9,12 +9,13 @@ from typing import Annotated, Optional
 
 import typer
 
+from tocom.cli_common import BackboneArgument, Output, Sets, check_outputs, say
 from tocom.cli_data import data
 from tocom.cli_segment import app as segment
 from tocom.errors import TocomError
 from tocom.plan import plan_command
 from tocom.settings import RANDOM, TOCOM, BenchmarkSettings
-from tocom.timing import is_main, timed
+from tocom.timing import timed
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -30,14 +31,6 @@ app.add_typer(data, name="data")
 app.add_typer(segment, name="segment")
 app.command("plan")(plan_command)
 
-Output = Annotated[Path, typer.Option("--output", "-o", help="File to write, whole or not at all.")]
-Sets = Annotated[
-    Optional[list[str]],
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change a setting of this stage; see `tocom settings`. Repeatable."
-    ),
-]
-BackboneArgument = Annotated[str, typer.Argument(help="A bundled backbone (`tocom models`) or a checkpoint's path.")]
 DataArgument = Annotated[Path, typer.Argument(help="A prepared task (`tocom prepare`).")]
 Columns = Annotated[
     Optional[list[str]], typer.Option("--column", metavar="NAME=VALUE", help="A constant first column. Repeatable.")
@@ -90,7 +83,7 @@ def prepare(
     own = None if source is None else _source(source)
     with timed("data"):
         about = registry.prepare(task, output, sizes, image_size, own, data_root, decode_train, resize)
-    _say(f"{task}: {about['classes']} classes, {about['sizes']}")
+    say(f"{task}: {about['classes']} classes, {about['sizes']}")
 
 
 @app.command()
@@ -126,7 +119,7 @@ def backbone(
             kwargs=_json(kwargs, "--kwargs"),
             proportional_attention=proportional_attention,
         )
-    _say(f"{output}: {about['architecture']}")
+    say(f"{output}: {about['architecture']}")
 
 
 @app.command()
@@ -145,7 +138,7 @@ def pretrain(
     settings = parse(PretrainSettings, sets or [])
     with timed("pretrain", settings.threads):
         about = run(output, architecture, _json(kwargs, "--kwargs"), seed, degree or [0], settings)
-    _say(f"held-out accuracy by degree: {about['accuracy']} after {about['minutes']:.1f} minutes")
+    say(f"held-out accuracy by degree: {about['accuracy']} after {about['minutes']:.1f} minutes")
 
 
 @app.command()
@@ -177,7 +170,7 @@ def finetune(
         for degree, seed in runs:
             path = output.format(degree=degree, seed=seed)
             about = stage(backbone, data, path, degree, seed, compressor, max_degree, settings, True, fine_tuned)
-            _say(f"{path}: best epoch {about['best_epoch']}, validation accuracy {about['val_accuracy']:.3f}")
+            say(f"{path}: best epoch {about['best_epoch']}, validation accuracy {about['val_accuracy']:.3f}")
         for degree, seed in runs:
             forget(output.format(degree=degree, seed=seed))
 
@@ -205,7 +198,7 @@ def distil(
         files = None if images is None else pretraining_files(images, data_root)
         about = stage(backbone, output, max_degree, compressor, seed, settings, files)
     before, after = about["held_out_kl_without"], about["held_out_kl"]
-    _say(f"held-out KL {before:.4f} -> {after:.4f} nats (best epoch {about['best_epoch']})")
+    say(f"held-out KL {before:.4f} -> {after:.4f} nats (best epoch {about['best_epoch']})")
 
 
 @app.command()
@@ -229,8 +222,7 @@ def evaluate(
     from tocom.settings import EvaluateSettings, parse
     from tocom.stages.evaluate import evaluate as stage
 
-    if len(output) != len(checkpoint):
-        raise TocomError(f"{len(checkpoint)} checkpoints but {len(output)} outputs; give --output once for each")
+    check_outputs(checkpoint, output)
     settings = parse(EvaluateSettings, sets or [])
     with timed("evaluate", settings.threads):
         named = dict(text.split("=", 1) if "=" in text else (TOCOM, text) for text in compensator)
@@ -327,7 +319,7 @@ def benchmark(
     status = stage(output, backbone or BACKBONES, degree or DEGREES, settings).status
     counts = ", ".join(f"{count} {name}" for name, count in status.value_counts().items())
     why = f"; torch sees no GPU for --device {device}" if (status == NOT_RUN).all() else ""
-    _say(f"{output / 'benchmark.md'}: of {len(status)} lines, {counts}{why}")
+    say(f"{output / 'benchmark.md'}: of {len(status)} lines, {counts}{why}")
 
 
 @app.command("import")
@@ -410,9 +402,7 @@ def check(config: Annotated[Path, typer.Argument(help="A study's YAML file.")]) 
     study = read_study(config)
     tasks = len(study.tasks) or 1  # one that is segmented
     n = len(study.backbones) * len(study.compressors) * tasks * len(study.checkpoints)
-    _say(
-        f"{config}: study {study.study!r} is valid: {n} checkpoints, {len(study.infer_degrees)} inference degrees each"
-    )
+    say(f"{config}: study {study.study!r} is valid: {n} checkpoints, {len(study.infer_degrees)} inference degrees each")
 
 
 @app.command()
@@ -451,7 +441,7 @@ def cells(
         files = [(point[0], prediction_file(predictions, *point)) for point in grid]
         if partial:
             planned, files = len(files), [(name, path) for name, path in files if path.is_file()]
-            _say(f"{len(files)} of {planned} prediction files are there")
+            say(f"{len(files)} of {planned} prediction files are there")
             if not files:
                 raise TocomError(f"no predictions of this grid in {predictions}; run some of the study first")
         write_rows(gather(study, files), output)
@@ -616,13 +606,13 @@ def split(
 
     result = account(folder, since, until, available_cores(cores))
     if result is None:
-        _say("nothing had to be run: everything was up to date")
+        say("nothing had to be run: everything was up to date")
         return
     _table(
         ("what", "core-seconds", "share"),
         [(name, f"{seconds:.0f}", f"{share:.1%}") for name, seconds, share in result.rows()],
     )
-    _say(
+    say(
         f"{result.wall:.0f} s on {result.cores} cores; {result.share_elsewhere:.1%} outside data, training and"
         f" evaluation;"
         f" the {result.cores} largest jobs together take {result.memory_mb:.0f} MB, Snakemake itself some 100 MB more"
@@ -691,11 +681,6 @@ def _scales(texts: list[str] | None) -> dict[str, list[float]]:
         return {name: [float(part) for part in values.split(",")] for name, values in pairs}
     except ValueError:
         raise TocomError(f"--scales {texts}: write NAME=A,B, for example --scales half=0.5") from None
-
-
-def _say(text: str) -> None:
-    if is_main():
-        typer.echo(text, err=True)
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

@@ -7,20 +7,15 @@ from typing import Annotated, Optional
 
 import typer
 
-from tocom.errors import TocomError
+from tocom.cli_common import BackboneArgument, Output, Sets, check_outputs, say
 from tocom.settings import TOCOM
-from tocom.timing import is_main, timed
+from tocom.timing import timed
 
 app = typer.Typer(
     no_args_is_help=True,
     help="Segmentation: tokens merge before each MLP and come back after it (the paper's ADE20k experiment).",
 )
 
-Output = Annotated[Path, typer.Option("--output", "-o", help="File to write, whole or not at all.")]
-Sets = Annotated[
-    Optional[list[str]],
-    typer.Option("--set", metavar="KEY=VALUE", help="Change a setting; see `tocom settings`. Repeatable."),
-]
 DataArgument = Annotated[Path, typer.Argument(help="What `tocom segment prepare` wrote.")]
 
 
@@ -41,12 +36,12 @@ def prepare(
 
     with timed("data"):
         about = run(data, output, image_size, SegmentationSizes(train=train, val=val, test=test), folder, classes)
-    _say(f"{data}: {about['classes']} classes, {about['sizes']}")
+    say(f"{data}: {about['classes']} classes, {about['sizes']}")
 
 
 @app.command()
 def train(
-    backbone: Annotated[str, typer.Argument(help="A bundled backbone (`tocom models`) or a checkpoint's path.")],
+    backbone: BackboneArgument,
     data: DataArgument,
     output: Output,
     degree: Annotated[int, typer.Option(min=0, help="Train degree.")] = 0,
@@ -62,7 +57,7 @@ def train(
     settings = parse(SegmentationTraining, sets or [])
     with timed("finetune", settings.threads):
         about = stage(backbone, data, output, degree, seed, compressor, settings)
-    _say(f"{output}: best epoch {about['best_epoch']}, validation mIoU {about['val_miou']:.1f} %")
+    say(f"{output}: best epoch {about['best_epoch']}, validation mIoU {about['val_miou']:.1f} %")
 
 
 @app.command()
@@ -79,8 +74,7 @@ def evaluate(
     from tocom.segmentation.stage import evaluate as stage
     from tocom.settings import EvaluateSettings, parse
 
-    if len(output) != len(checkpoint):
-        raise TocomError(f"{len(checkpoint)} checkpoints but {len(output)} outputs; give --output once for each")
+    check_outputs(checkpoint, output)
     settings = parse(EvaluateSettings, sets or [])
     with timed("evaluate", settings.threads):
         stage(checkpoint, data, compensator, output, degree, settings, variant)
@@ -119,8 +113,3 @@ def table(
         made = make_tables(conditions, task, models, *degrees, variant, resamples, n_seeds=len(seed))
         write_tables(made, tables)
         write_text(output, frame.to_csv(index=False, lineterminator="\n"))
-
-
-def _say(text: str) -> None:
-    if is_main():
-        typer.echo(text, err=True)

@@ -278,7 +278,7 @@ def _finetuning(study: Study, runs: Runs, task: TaskEntry, sizes: Sizes, checkpo
     ]
 
 
-def _evaluation(study: Study, runs: Runs, sizes: Sizes, checkpoint: Checkpoint) -> list[Work]:
+def _evaluation(study: Study, runs: Runs, sizes: Sizes, checkpoint: Checkpoint, stage: str = "evaluate") -> list[Work]:
     """Test images in every cell; validation images at every candidate scale of the compensated ones."""
     settings, degrees = study.evaluate, study.infer_degrees
     found = [("infer", degrees, _times(sizes.test, len(degrees)))]
@@ -288,7 +288,7 @@ def _evaluation(study: Study, runs: Runs, sizes: Sizes, checkpoint: Checkpoint) 
             scales = len(study.scales_for(variant) or settings.scales)
             found.append(("infer", others, _times(sizes.test, len(others))))
             found.append(("infer", others, _times(sizes.val, len(others), scales if scales > 1 else 0)))
-    return [Work("evaluate", runs, mode, settings.precision, where, images) for mode, where, images in found]
+    return [Work(stage, runs, mode, settings.precision, where, images) for mode, where, images in found]
 
 
 def _transfer(study: Study, runs: Runs, sizes: Sizes) -> Work:
@@ -303,24 +303,14 @@ def _segmenter(study: Study, backbone: str, compressor: str) -> Runs:
 
 
 def _segmentation(study: Study, backbone: str, compressor: str, sizes: Sizes) -> list[Work]:
-    """Train on the training images and score the validation images after every epoch; then evaluate every cell.
-
-    Unlike in classification, a single candidate scale is tried, too, and only the main variant of ToCom is evaluated.
-    """
-    training, evaluated = study.segmentation.train, study.evaluate
-    runs = _segmenter(study, backbone, compressor)
+    """Train on the training images and score the validation images after every epoch; then evaluate every cell."""
+    training, runs = study.segmentation.train, _segmenter(study, backbone, compressor)
     found = []
     for checkpoint in study.checkpoints:
-        degrees, own = study.infer_degrees, (checkpoint.train_degree,)
-        others = tuple(degree for degree in degrees if degree not in own)
-        parts = [
-            ("segment train", "train", training, own, _times(sizes.train, training.epochs)),
-            ("segment train", "infer", training, own, _times(sizes.val, training.epochs)),
-            ("segment evaluate", "infer", evaluated, degrees, _times(sizes.test, len(degrees))),
-            ("segment evaluate", "infer", evaluated, others, _times(sizes.test, len(others))),
-            ("segment evaluate", "infer", evaluated, others, _times(sizes.val, len(others), len(evaluated.scales))),
-        ]
-        found += [Work(stage, runs, mode, how.precision, at, images) for stage, mode, how, at, images in parts if at]
+        own = (checkpoint.train_degree,)
+        for mode, images in (("train", sizes.train), ("infer", sizes.val)):
+            found.append(Work("segment train", runs, mode, training.precision, own, _times(images, training.epochs)))
+        found += _evaluation(study, runs, sizes, checkpoint, "segment evaluate")
     return found
 
 
@@ -372,11 +362,11 @@ def _add_segmentation(found: dict[str, Amount], study: Study, models: Mapping[st
     if wanted.data == "scenes":
         found["prepared tasks"].add(sum(sizes) * (3 + 1) * wanted.image_size**2)  # three channels and a label
     trained = len(study.compressors) * len(study.checkpoints)
-    cells = 2 * len(study.infer_degrees)  # with and without ToCom
+    cells = len(study.compressors) * sum(_cells(study, checkpoint) for checkpoint in study.checkpoints)
     for backbone in study.backbones:
         found["checkpoints"].add(models[backbone.name].segmenter_parameters * FLOAT * trained)
         # True positives, false positives and false negatives of every class.
-        found["predictions"].add(_times(sizes.test, cells, trained, wanted.n_classes, 3 * COUNT))
+        found["predictions"].add(_times(sizes.test, cells, wanted.n_classes, 3 * COUNT))
 
 
 def _cells(study: Study, checkpoint: Checkpoint) -> int:

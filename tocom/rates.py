@@ -195,12 +195,13 @@ def measure(
     import torch
 
     from tocom.models import create
+    from tocom.stages.throughput import random_images
     from tocom.vit import CompressedViT
 
     # Weights that were trained without labels have no classifier, which a study gives them.
     arguments = {"num_classes": 1000} | (kwargs or {}) | {"img_size": image_size} | ({"num_classes": 0} if head else {})
     vit = CompressedViT(create(architecture, arguments), compressor, proportional_attention=proportional_attention)
-    images = torch.randn(batch_size, 3, image_size, image_size, generator=torch.Generator().manual_seed(0)).to(device)
+    images = random_images(vit, batch_size, device)
     make = _labelling(vit, head, images, precision) if head else _classifying(vit, images, precision)
     name, rates = label(architecture, kwargs or {}, head), []
     for degree, mode in sorted((degree, mode) for mode, found in degrees.items() for degree in found):

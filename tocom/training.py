@@ -231,7 +231,7 @@ class _Trainer:
             raise TocomError(
                 f"{title}: {n_images} images do not fill a batch of {settings.batch_size}; make it smaller"
             )
-        self.optimizer = _optimizer(module, settings)
+        self.optimizer = make_optimizer(module, settings)
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
             "cosine",
@@ -395,7 +395,12 @@ class _Trainer:
         self.started = time.monotonic() - saved["seconds"]
 
 
-def _optimizer(module: nn.Module, settings: Optimisation) -> torch.optim.Optimizer:
+def make_optimizer(module: nn.Module, settings: Optimisation) -> torch.optim.Optimizer:
+    """Return timm's optimizer of what is trained in a module, at the peak learning rate.
+
+    Raises:
+        TocomError: timm has no such optimizer.
+    """
     try:
         return create_optimizer_v2(module, settings.optimizer, lr=settings.peak_lr, weight_decay=settings.weight_decay)
     except (ValueError, ImportError, AssertionError) as error:  # unknown, or of a package that is not installed

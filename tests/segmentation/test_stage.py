@@ -19,8 +19,9 @@ from tocom.segmentation.model import Segmenter, make_head, pixel_loss
 from tocom.segmentation.model import build as build_segmenter
 from tocom.segmentation.model import load as load_segmenter
 from tocom.segmentation.settings import SegmentationSizes
-from tocom.segmentation.stage import choose_scale, evaluate, segment, train
+from tocom.segmentation.stage import evaluate, segment, train, validated
 from tocom.settings import EvaluateSettings
+from tocom.stages.evaluate import choose_scale
 from tocom.training import normalise, resume_path
 from tocom.vit import CompressedViT
 
@@ -195,10 +196,14 @@ def test_the_scale_is_the_best_on_the_validation_images_and_ties_go_to_the_small
         return Counts(np.array([[figures[model.vit.scale]]]), np.array([[60]]), np.array([[0]])), 1.0
 
     monkeypatch.setattr("tocom.segmentation.stage.segment", fake)
-    assert choose_scale(segmenter, val, [1.0, 0.0, 0.5], EVALUATE) == 0.5
+
+    def scale(candidates, settings):
+        return choose_scale(segmenter.vit, candidates, lambda: validated(segmenter, val, 24, "fp32"), settings)
+
+    assert scale([1.0, 0.0, 0.5], EVALUATE) == 0.5
     assert seen == [0.0, 0.5, 1.0]
     by_loss = EVALUATE.model_copy(update={"select_by": "loss"})
-    assert choose_scale(segmenter, val, [1.0, 0.5], by_loss) == 0.5
+    assert scale([1.0, 0.5], by_loss) == 0.5
 
 
 def test_the_cross_entropy_does_not_depend_on_the_size_of_batches(checkpoints, scenes):

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from tocom.errors import TocomError
 from tocom.files import digest, load_tensors, save_tensors
 from tocom.models import create, load_model
+from tocom.stages.common import compressed
 from tocom.vit import CompressedViT
 
 #: What the metadata of a segmenter's checkpoint say it is.
@@ -83,11 +84,12 @@ def build(
     model.reset_classifier(0)
     if tuple(model.patch_embed.img_size) != (image_size, image_size):
         model.set_input_size(img_size=(image_size, image_size))
-    segmenter = Segmenter(CompressedViT(model, compressor, degree), make_head(head, model.embed_dim, classes))
+    segmenter = Segmenter(compressed(model, described, compressor, degree), make_head(head, model.embed_dim, classes))
     about = {
         "architecture": described["architecture"],
         "kwargs": described["kwargs"] | {"num_classes": 0, "img_size": image_size},
         "backbone_sha256": described["sha256"],
+        "proportional_attention": described.get("proportional_attention", True),
         "head": head,
         "classes": classes,
         "compressor": compressor,
@@ -115,7 +117,7 @@ def load(path: str | os.PathLike) -> tuple[Segmenter, dict]:
         raise TocomError(f"{path} is corrupt: its weights do not match their hash; train it again")
     model = create(about["architecture"], about["kwargs"])
     head = make_head(about["head"], model.embed_dim, about["classes"])
-    segmenter = Segmenter(CompressedViT(model, about["compressor"], about["train_degree"]), head)
+    segmenter = Segmenter(compressed(model, about, about["compressor"], about["train_degree"]), head)
     segmenter.load_state_dict(tensors)
     return segmenter.eval(), about
 

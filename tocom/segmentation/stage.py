@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -32,9 +33,9 @@ from tocom.segmentation.model import load as load_segmenter
 from tocom.segmentation.model import save as save_segmenter
 from tocom.segmentation.scenes import IGNORED
 from tocom.segmentation.settings import SegmentationTraining
-from tocom.settings import PLAIN, TOCOM, EvaluateSettings
+from tocom.settings import TOCOM, EvaluateSettings
+from tocom.stages.evaluate import Cell, Variant, check_compensator, evaluate_cells
 from tocom.training import autocast, bar, compiled, explained, fit, forget, make_deterministic, normalise, resume_path
-from tocom.vit import gflops
 
 #: Images of a forward pass on the validation split while training.
 _SCORED_AT_ONCE = 16
@@ -70,6 +71,14 @@ def segment(
     counts = Counts(*(np.concatenate(parts) for parts in zip(*(c for c, _ in results), strict=True)))
     labelled = int(counts.tp.sum(dtype=np.int64) + counts.fn.sum(dtype=np.int64))
     return counts, float(np.concatenate([loss for _, loss in results]).sum()) / max(labelled, 1)
+
+
+def validated(
+    segmenter: Segmenter, val: Split, batch_size: int, precision: str, workers: int = 0
+) -> tuple[float, float]:
+    """Return what epochs and scales are chosen by: mIoU in percent, and minus the cross-entropy; larger is better."""
+    counts, loss = segment(segmenter, val, batch_size, precision, workers)
+    return float(miou(counts)), -loss
 
 
 @explained()
@@ -124,8 +133,7 @@ def train(
             return pixel_loss(run(normalise(images, segmenter.vit.model)), labels, IGNORED)
 
         def score() -> tuple[float, float]:
-            counts, loss = segment(segmenter, task.splits["val"], _SCORED_AT_ONCE, settings.precision, settings.workers)
-            return float(miou(counts)), -loss
+            return validated(segmenter, task.splits["val"], _SCORED_AT_ONCE, settings.precision, settings.workers)
 
         title = f"segment {task.name} degree {train_degree} seed {seed}"
         # The backbone's metadata, too, decide how it is run.
@@ -148,74 +156,31 @@ def train(
     return about
 
 
-def choose_scale(segmenter: Segmenter, val: Split, scales: list[float], settings: EvaluateSettings) -> float:
-    """Return the scale with the best validation figure at the present degree; ties go to the smaller.
-
-    ``select_by: accuracy`` stands for mIoU here. Only the validation images are looked at.
-    """
-    vit, degree = segmenter.vit, segmenter.vit.degree
-
-    def figures(scale: float) -> tuple[float, ...]:
-        vit.set_degree(degree, scale)
-        counts, loss = segment(segmenter, val, settings.batch_size, settings.precision)
-        return (float(miou(counts)), -loss) if settings.select_by == "accuracy" else (-loss,)
-
-    return max(sorted(scales), key=figures)  # the first of equals
-
-
 def evaluate_checkpoint(
     checkpoint: str | os.PathLike,
     task: SegmentationData,
-    compensator: Compensator,
+    variant: Variant,
     infer_degrees: list[int],
     settings: EvaluateSettings,
-    variant: str,
     progress: tqdm,
-) -> tuple[list[dict], Counts, dict]:
+) -> tuple[list[Cell], Counts, dict]:
     """Return the cells of a checkpoint, their counts [cells, images, classes], and the checkpoint's metadata."""
     segmenter, about = load_segmenter(checkpoint)
     for key, want, what in (("task", task.name, "task"), ("classes", task.classes, "number of classes")):
         if about[key] != want:
             raise TocomError(f"{checkpoint} was trained for another {what} ({about[key]}, not {want}); check the paths")
-    made_for = compensator.metadata.get("backbone_sha256", about["backbone_sha256"])
-    if made_for != about["backbone_sha256"]:
-        raise TocomError(
-            f"{checkpoint} was trained from another backbone than this compensator was distilled on"
-            f" ({about['backbone_sha256'][:12]}, {made_for[:12]}); distil one for its backbone"
-        )
-    segmenter.to(pick_device(settings.device))
-    vit, source = segmenter.vit, about["train_degree"]
-    cells, results = [], []
+    vit = segmenter.to(pick_device(settings.device)).vit
+    check_compensator(checkpoint, about, vit.model, variant.compensator)
 
-    def record(compensated: bool, scale: float, known: Counts | None = None) -> None:
-        if known is None:
-            known, _ = segment(segmenter, task.splits["test"], settings.batch_size, settings.precision)
-        cells.append(
-            {
-                "infer_degree": vit.degree,
-                "compensated": compensated,
-                "compensator": variant if compensated else PLAIN,
-                "scale": scale,
-                "gflops": round(gflops(vit), 6),
-            }
-        )
-        results.append(known)
-        progress.update()
+    def predicted() -> Counts:
+        return segment(segmenter, task.splits["test"], settings.batch_size, settings.precision)[0]
 
-    for degree in infer_degrees:
-        vit.set_degree(degree)
-        record(compensated=False, scale=0.0)
-    scales = [multiple * compensator.trained_scale for multiple in settings.scales]
-    plain = dict(zip(infer_degrees, results, strict=True))
-    vit.set_degree(source).attach(compensator)
-    for degree in infer_degrees:
-        scale = 0.0
-        if degree != source:  # P(m->m) is zero, whatever the scale
-            vit.set_degree(degree)
-            scale = choose_scale(segmenter, task.splits["val"], scales, settings)
-        vit.set_degree(degree, scale)
-        record(compensated=True, scale=scale, known=None if scale else plain[degree])
-    return cells, Counts(*(np.stack(parts) for parts in zip(*results, strict=True))), about
+    def figures() -> tuple[float, float]:
+        return validated(segmenter, task.splits["val"], settings.batch_size, settings.precision)
+
+    source = about["train_degree"]
+    cells, counts = evaluate_cells(vit, source, [variant], infer_degrees, settings, predicted, figures, progress)
+    return cells, Counts(*(np.stack(parts) for parts in zip(*counts, strict=True))), about
 
 
 def evaluate(
@@ -242,13 +207,12 @@ def evaluate(
     """
     settings = settings or EvaluateSettings()
     make_deterministic(settings.threads)
-    task, loaded = load_data(data), Compensator.load(compensator)
+    task, named = load_data(data), Variant(variant, Compensator.load(compensator))
     results = []
     with bar(None, f"segment {task.name}", total=len(checkpoints) * len(infer_degrees) * 2) as progress:
         for checkpoint, output in zip(checkpoints, outputs, strict=True):
-            cells, counts, about = evaluate_checkpoint(
-                checkpoint, task, loaded, infer_degrees, settings, variant, progress
-            )
+            found, counts, about = evaluate_checkpoint(checkpoint, task, named, infer_degrees, settings, progress)
+            cells = [asdict(cell) for cell in found]
             kept = {key: about[key] for key in ("task", "classes", "train_degree", "seed", "compressor", "val_miou")}
             save_arrays(output, counts._asdict(), kept | {"kind": "segmentation counts", "cells": cells})
             results.append(cells)

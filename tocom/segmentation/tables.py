@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from tocom.analysis.cells import KEYS
 from tocom.analysis.published import read_published
 from tocom.analysis.tables import METHOD, NOT_RUN, Table, Text, signed
 from tocom.errors import TocomError
@@ -19,24 +20,7 @@ from tocom.settings import PLAIN, TOCOM
 
 #: Columns of segmentation.csv. miou and its 95 % interval over images, and pixel_accuracy, are in percent; gflops: of
 #: one image through the backbone.
-COLUMNS = (
-    "study",
-    "backbone",
-    "compressor",
-    "task",
-    "seed",
-    "train_degree",
-    "infer_degree",
-    "compensated",
-    "compensator",
-    "scale",
-    "n",
-    "miou",
-    "miou_low",
-    "miou_high",
-    "pixel_accuracy",
-    "gflops",
-)
+COLUMNS = (*KEYS, "scale", "n", "miou", "miou_low", "miou_high", "pixel_accuracy", "gflops")
 HEADER = (
     "train degree",
     "r",

@@ -27,7 +27,6 @@ import numpy as np
 import pandas as pd
 import timm
 import torch
-from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.nn import functional as F
 
@@ -39,13 +38,15 @@ from tocom.models import create, default_proportional_attention, pick_device
 from tocom.rates import device_name
 from tocom.settings import BenchmarkSettings, DistilSettings, FinetuneSettings
 from tocom.stages.common import compressed
-from tocom.stages.distil import Distiller
+from tocom.stages.distil import Distiller, new_compensator
 from tocom.stages.throughput import inference_work, peak_memory_mb_of, random_images, side_by_side, step_work
-from tocom.training import bar, make_deterministic
+from tocom.training import bar, make_deterministic, make_optimizer
 from tocom.vit import CompressedViT
 
 #: What is measured by default: the sizes of DeiT in the paper, no, middle and the strongest compression.
 BACKBONES, DEGREES = ("deit_small_patch16_224", "deit_base_patch16_224"), (0, 8, 16)
+#: The compressor that is measured.
+COMPRESSOR = "tome"
 #: What a row's status says if it holds figures, or if the device's memory did not suffice.
 MEASURED, OUT_OF_MEMORY = "measured", "out of memory"
 #: Columns of benchmark.csv. teacher_degree: of distillation only; low and high: quartiles over rounds; speedup: over
@@ -98,7 +99,7 @@ def finetuning(architecture: str, max_degree: int, settings: BenchmarkSettings, 
     recipe, vit = FinetuneSettings(), _vit(architecture, settings, device).train()
     images = random_images(vit, settings.batch_size, device)
     labels = torch.arange(len(images), device=device) % vit.model.num_classes
-    optimizer = _optimizer(vit.model, recipe)
+    optimizer = make_optimizer(vit.model, recipe)
 
     def loss() -> torch.Tensor:
         return F.cross_entropy(vit(images), labels, label_smoothing=recipe.label_smoothing)
@@ -114,7 +115,7 @@ def distillation(architecture: str, max_degree: int, settings: BenchmarkSettings
     about = {"proportional_attention": default_proportional_attention(architecture)}
     distiller = Distiller(teacher, student, compensator, about).to(device).train()
     images = random_images(distiller.student, settings.batch_size, device)
-    optimizer = _optimizer(distiller, recipe)
+    optimizer = make_optimizer(distiller, recipe)
     work = step_work(distiller, lambda: distiller(images), settings.precision, device, optimizer)
     return Job(
         distiller, lambda degree: distiller.set_degrees(teacher_degree(degree), degree), work, (optimizer, images)
@@ -145,26 +146,14 @@ def _model(architecture: str, settings: BenchmarkSettings) -> nn.Module:
 
 def _vit(architecture: str, settings: BenchmarkSettings, device: torch.device) -> CompressedViT:
     about = {"proportional_attention": default_proportional_attention(architecture)}
-    return compressed(_model(architecture, settings).to(device), about, "tome")
+    return compressed(_model(architecture, settings).to(device), about, COMPRESSOR)
 
 
 def _compensator(model: nn.Module, max_degree: int, recipe: DistilSettings) -> Compensator:
     """Return a compensator whose update is not zero, as a trained one's is."""
-    result = Compensator.for_model(
-        model,
-        max_degree,
-        rank=recipe.rank,
-        trained_scale=recipe.trained_scale,
-        dropout=recipe.dropout,
-        projections=recipe.projections,
-        step=recipe.step,
-    )
+    result = new_compensator(model, max_degree, COMPRESSOR, recipe)
     nn.init.normal_(result.up, std=0.01)
     return result
-
-
-def _optimizer(module: nn.Module, recipe: FinetuneSettings | DistilSettings) -> torch.optim.Optimizer:
-    return create_optimizer_v2(module, recipe.optimizer, lr=recipe.peak_lr, weight_decay=recipe.weight_decay)
 
 
 # --- measuring ------------------------------------------------------------------------------------------------------

@@ -99,6 +99,20 @@ class Distiller(nn.Module):
         return distillation_loss(expected.float(), student(images).float())
 
 
+def new_compensator(model: nn.Module, max_degree: int, compressor: str, settings: DistilSettings) -> Compensator:
+    """Return the compensator that a recipe trains, as it is before training."""
+    return Compensator.for_model(
+        model,
+        max_degree,
+        rank=settings.rank,
+        compressor=compressor,
+        trained_scale=settings.trained_scale,
+        dropout=settings.dropout,
+        projections=settings.projections,
+        step=settings.step,
+    )
+
+
 def _pretraining_images(
     model: nn.Module, files: Sequence[Path] | None, settings: DistilSettings
 ) -> tuple[Tensor | list[Path], Tensor]:
@@ -190,16 +204,7 @@ def distil(
         check_classifier(teacher, backbone)
         student, _ = load_model(backbone, drop_path_rate=settings.drop_path)
         torch.manual_seed(derive_seed(seed, "compensator"))
-        compensator = Compensator.for_model(
-            teacher,
-            max_degree,
-            rank=settings.rank,
-            compressor=compressor,
-            trained_scale=settings.trained_scale,
-            dropout=settings.dropout,
-            projections=settings.projections,
-            step=settings.step,
-        )
+        compensator = new_compensator(teacher, max_degree, compressor, settings)
         distiller = Distiller(
             teacher, student, compensator, about, lambda vit: compiled(vit, settings), settings.compile is not None
         ).to(device)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import TypeVar
 
 import numpy as np
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from tocom.compensator import Compensator
@@ -17,6 +19,9 @@ from tocom.settings import PLAIN, RANDOM, EvaluateSettings
 from tocom.stages.common import Split, TaskData, compressed, load_task, predict, scored
 from tocom.training import bar, make_deterministic
 from tocom.vit import CompressedViT, gflops
+
+#: What a stage keeps of a model's predictions.
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -37,21 +42,24 @@ class Cell:
     gflops: float
 
 
-def choose_scale(vit: CompressedViT, val: Split, scales: Sequence[float], settings: EvaluateSettings) -> float:
+def choose_scale(
+    vit: CompressedViT, scales: Sequence[float], figures: Callable[[], tuple[float, float]], settings: EvaluateSettings
+) -> float:
     """Return the scale with the best validation figure at the model's present degree; ties go to the smaller.
 
-    Only the validation images are looked at.
+    Args:
+        figures: returns the accuracy (or mIoU) of the model as it is on the validation images, and minus its loss.
     """
     if len(scales) == 1:
         return scales[0]
     degree = vit.degree
 
-    def figures(scale: float) -> tuple[float, ...]:
-        logits = predict(vit.set_degree(degree, scale), val.images, settings.batch_size, settings.precision)
-        accuracy, loss = scored(logits, val.labels)
+    def rank(scale: float) -> tuple[float, ...]:
+        vit.set_degree(degree, scale)
+        accuracy, loss = figures()
         return (accuracy, loss) if settings.select_by == "accuracy" else (loss,)
 
-    return max(sorted(scales), key=figures)  # the first of equals
+    return max(sorted(scales), key=rank)  # the first of equals
 
 
 @dataclass(frozen=True)
@@ -67,35 +75,29 @@ class Variant:
     scales: tuple[float, ...] | None = None
 
 
-def evaluate_checkpoint(
-    checkpoint: str | os.PathLike,
-    task: TaskData,
+def evaluate_cells(
+    vit: CompressedViT,
+    source: int | str,
     variants: Sequence[Variant],
-    infer_degrees: list[int],
+    infer_degrees: Sequence[int],
     settings: EvaluateSettings,
+    predicted: Callable[[], T],
+    figures: Callable[[], tuple[float, float]],
     progress: tqdm,
-) -> tuple[list[Cell], np.ndarray, dict]:
-    """Return the cells of a checkpoint, their predictions [cells, test images] int16, and the checkpoint's metadata.
+) -> tuple[list[Cell], list[T]]:
+    """Return the cells of a model, plain ones first, and what it predicts in each.
 
-    A checkpoint that was trained at degrees drawn at random has no source degree, and so no compensated cells.
+    Args:
+        source: the degree it was trained at; a model that was trained at degrees drawn at random has none, and so no
+            compensated cells.
+        predicted: returns what the model predicts, as it is, for the test images.
+        figures: see :func:`choose_scale`; only these decide on the scale.
     """
-    model, meta = load_model(checkpoint)
-    if meta.get("task") != task.name:
-        raise TocomError(
-            f"{checkpoint} was fine-tuned for {meta.get('task')!r}, not for {task.name!r}; check the paths"
-        )
-    for variant in variants:
-        _check_backbone(checkpoint, meta, model.pretrained_cfg, variant)
-    source = meta["train_degree"]
-    vit = compressed(model.to(task.device), meta, meta["compressor"], 0 if source == RANDOM else source)
     cells, predictions = [], []
 
-    def record(name: str, scale: float, known: np.ndarray | None = None) -> None:
-        if known is None:
-            logits = predict(vit, task.test.images, settings.batch_size, settings.precision)
-            known = logits.argmax(-1).numpy().astype(np.int16)
+    def record(name: str, scale: float, known: T | None = None) -> None:
+        predictions.append(predicted() if known is None else known)
         cells.append(Cell(vit.degree, name != PLAIN, name, scale, round(gflops(vit), 6)))
-        predictions.append(known)
         progress.update()
 
     for degree in infer_degrees:
@@ -109,31 +111,66 @@ def evaluate_checkpoint(
         for degree in infer_degrees:
             scale = 0.0
             if degree != source:  # P(m->m) is zero, whatever the scale
-                scale = choose_scale(vit.set_degree(degree), task.val, scales, settings)
+                scale = choose_scale(vit.set_degree(degree), scales, figures, settings)
             vit.set_degree(degree, scale)
             record(variant.name, scale, known=None if scale else plain[degree])
+    return cells, predictions
+
+
+def evaluate_checkpoint(
+    checkpoint: str | os.PathLike,
+    task: TaskData,
+    variants: Sequence[Variant],
+    infer_degrees: list[int],
+    settings: EvaluateSettings,
+    progress: tqdm,
+) -> tuple[list[Cell], np.ndarray, dict]:
+    """Return the cells of a checkpoint, their predictions [cells, test images] int16, and the checkpoint's metadata."""
+    model, meta = load_model(checkpoint)
+    if meta.get("task") != task.name:
+        raise TocomError(
+            f"{checkpoint} was fine-tuned for {meta.get('task')!r}, not for {task.name!r}; check the paths"
+        )
+    for variant in variants:
+        check_compensator(checkpoint, meta, model, variant.compensator)
+    source = meta["train_degree"]
+    vit = compressed(model.to(task.device), meta, meta["compressor"], 0 if source == RANDOM else source)
+
+    def logits(split: Split) -> Tensor:
+        return predict(vit, split.images, settings.batch_size, settings.precision)
+
+    def predicted() -> np.ndarray:
+        return logits(task.test).argmax(-1).numpy().astype(np.int16)
+
+    def figures() -> tuple[float, float]:
+        return scored(logits(task.val), task.val.labels)
+
+    cells, predictions = evaluate_cells(vit, source, variants, infer_degrees, settings, predicted, figures, progress)
     return cells, np.stack(predictions), meta
 
 
-def _check_backbone(checkpoint: str | os.PathLike, meta: dict, cfg: dict, variant: Variant) -> None:
+def check_compensator(checkpoint: str | os.PathLike, meta: dict, model: nn.Module, compensator: Compensator) -> None:
     """Raise TocomError if a compensator was distilled on another backbone, or on one run in another way.
 
     What a compensator's file does not say (a foreign one, or an old one) is not checked.
+
+    Args:
+        meta: what the checkpoint says of itself. model: what was built from it.
     """
-    made_for = variant.compensator.metadata.get("backbone_sha256", meta["backbone_sha256"])
+    made_for = compensator.metadata.get("backbone_sha256", meta["backbone_sha256"])
     if made_for != meta["backbone_sha256"]:
         raise TocomError(
-            f"{checkpoint} was fine-tuned from another backbone than this compensator was distilled on"
+            f"{checkpoint} was trained from another backbone than this compensator was distilled on"
             f" ({meta['backbone_sha256'][:12]}, {made_for[:12]}); distil one for its backbone"
         )
     run = {"proportional_attention": meta.get("proportional_attention", True)}
-    run |= {name: list(cfg[name]) for name in ("mean", "std")}
+    run |= {name: list(model.pretrained_cfg[name]) for name in ("mean", "std")}
     for name, value in run.items():
-        distilled = variant.compensator.metadata.get(name, value)
+        distilled = compensator.metadata.get(name, value)
         if distilled != value:
             raise TocomError(
                 f"{checkpoint} is run with {name} {value}, this compensator was distilled with {distilled};"
-                " distil one for the backbone that it was fine-tuned from"
+                " distil one for the backbone that it was trained from"
             )
 
 
