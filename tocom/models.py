@@ -22,7 +22,7 @@ from tocom.files import digest, load_tensors, save_tensors
 from tocom.files import sha256 as sha256_of
 from tocom.gpus import claim
 from tocom.settings import TuningSettings
-from tocom.tuning import restore_adapters
+from tocom.tuning import is_head, restore_adapters
 
 
 @dataclass(frozen=True)
@@ -383,7 +383,7 @@ def _build(
         state = _read_weights(path, ema)
         classes = _classes(state, architecture)
         if num_classes == 0:
-            state = {name: value for name, value in state.items() if not name.startswith(("head.", "head_dist."))}
+            state = {name: value for name, value in state.items() if not is_head(name)}
         source = {"state_dict": state}
     if num_classes not in (None, 0, classes):
         raise TocomError(
@@ -411,9 +411,21 @@ def _check_size(architecture: str, kwargs: dict) -> None:
     sizes = kwargs.get("img_size")
     for side in sizes if isinstance(sizes, list | tuple) else [sizes]:
         patch = kwargs.get("patch_size") or _patch_size(architecture)
-        if side is not None and patch and side % patch:
-            near = max(patch, round(side / patch) * patch)
-            raise TocomError(f"image size {side} is no multiple of the {patch}-pixel patches; use {near}")
+        if side is not None and patch:
+            check_patches(side, patch)
+
+
+def check_patches(side: int, patch: int) -> None:
+    """Raise TocomError unless patches of ``patch`` pixels tile images of ``side`` pixels."""
+    if side % patch:
+        near = max(patch, round(side / patch) * patch)
+        raise TocomError(f"image size {side} is no multiple of the {patch}-pixel patches; use {near}")
+
+
+def set_image_size(model: nn.Module, side: int) -> None:
+    """Have a timm ViT take images of ``side`` x ``side`` pixels; its position embedding is resampled."""
+    if tuple(model.patch_embed.img_size) != (side, side):
+        model.set_input_size(img_size=(side, side))
 
 
 def _patch_size(architecture: str) -> int | None:

@@ -13,10 +13,12 @@ from tocom.settings import TuningSettings
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["TuningSettings", "apply_tuning", "merge_tuning", "restore_adapters", "trainable"]
+__all__ = ["TuningSettings", "apply_tuning", "is_head", "merge_tuning", "restore_adapters", "trainable"]
 
-#: Beginnings of the classifiers' names; every mode but "none" trains them.
-_HEADS = ("head.", "head_dist.")
+
+def is_head(name: str) -> bool:
+    """Return whether a parameter of a timm ViT belongs to its classifier, which no two tasks share."""
+    return name.startswith(("head.", "head_dist."))
 
 
 def apply_tuning(model: nn.Module, settings: TuningSettings) -> nn.Module:
@@ -37,7 +39,7 @@ def apply_tuning(model: nn.Module, settings: TuningSettings) -> nn.Module:
     model.requires_grad_(False)
     if settings.mode == "none":
         return model
-    heads = [parameter for name, parameter in model.named_parameters() if name.startswith(_HEADS)]
+    heads = [parameter for name, parameter in model.named_parameters() if is_head(name)]
     if settings.mode == "head" and not heads:
         raise TocomError("tuning mode 'head' has nothing to train: the model has no classifier; give it num_classes")
     if settings.mode == "adaptformer":

@@ -91,7 +91,7 @@ def _largest_gains(run: Run) -> Table:
                     Text(where(backbone, compressor)),
                     Text(gain_text(best.test) if best else NOT_RUN),
                     Text(degrees_text(best) if best else NOT_RUN),
-                    _change_text(mean[1], len(run.grid.seeds)) if mean else Text(NOT_RUN),
+                    accuracy_text(mean[1], len(run.grid.seeds), show=signed) if mean else Text(NOT_RUN),
                     Text(mean[0] if mean else NOT_RUN),
                     Text(published.text() if published else NOT_AT_HAND),
                 ]
@@ -259,7 +259,9 @@ def _transfer(run: Run) -> list[Table]:
         rows = [[Text("none"), Text("accuracy"), *[accuracy_text(by_seed, n_seeds) for by_seed in own]]]
         for source in run.groups:
             found = [change[(change.source_task == source) & (change.target_task == target)] for target in run.groups]
-            rows.append([Text(source), Text("change"), *[_change_text(some.points, n_seeds) for some in found]])
+            rows.append(
+                [Text(source), Text("change"), *[accuracy_text(some.points, n_seeds, show=signed) for some in found]]
+            )
         caption = (
             "Change of test accuracy in points when the difference of one task's weights (row) between degrees "
             f"{train} and {infer} is added to another's model (column), trained at {train} and run at {infer}; mean ± "
@@ -275,14 +277,6 @@ def _gap_degrees(grid: Grid) -> tuple[str, str]:
     if len(grid.fixed_train_degrees) < 2:
         raise TocomError("the transfer of a gap needs two fixed train degrees; give them in train_degrees")
     return grid.fixed_train_degrees[0], grid.fixed_train_degrees[-1]
-
-
-def _change_text(points: pd.Series, planned: int) -> Text:
-    if points.empty:
-        return Text(NOT_RUN)
-    spread = f" ± {points.std(ddof=1):.1f}" if len(points) > 1 else ""
-    partly = f" ({len(points)} of {planned} seeds)" if len(points) < planned else ""
-    return Text(f"{signed(points.mean())}{spread}{partly}")
 
 
 #: Kind of a study (key ``paper`` of its config) -> how its table is made.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
@@ -125,13 +125,23 @@ def gain_text(row: pd.Series) -> str:
     return f"{signed(row.gain)} [{signed(row.low)}, {signed(row.high)}]{stars(row.p_images_holm)}"
 
 
-def accuracy_text(by_seed: pd.Series, planned: int, bold: bool = False) -> Text:
-    """Return mean ± standard deviation over seeds, with the number of seeds if not all that were planned were run."""
+def partly(n_seeds: int, planned: int) -> str:
+    """Return, to go behind a figure, how many seeds it is of, if not of all that were planned."""
+    return f" ({n_seeds} of {planned} seeds)" if n_seeds < planned else ""
+
+
+def accuracy_text(
+    by_seed: pd.Series, planned: int, bold: bool = False, show: Callable[[float], str] = "{:.1f}".format
+) -> Text:
+    """Return mean ± standard deviation over seeds, with the number of seeds if not all that were planned were run.
+
+    Args:
+        show: how the mean is written; of a change, with its sign.
+    """
     if by_seed.empty:
         return Text(NOT_RUN)
     spread = f" ± {by_seed.std(ddof=1):.1f}" if len(by_seed) > 1 else ""
-    partly = f" ({len(by_seed)} of {planned} seeds)" if len(by_seed) < planned else ""
-    return Text(f"{by_seed.mean():.1f}{spread}{partly}", bold)
+    return Text(f"{show(by_seed.mean())}{spread}{partly(len(by_seed), planned)}", bold)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from tocom.errors import TocomError
 from tocom.files import digest, load_tensors, save_tensors
-from tocom.models import create, load_model
+from tocom.models import create, load_model, set_image_size
 from tocom.stages.common import compressed
 from tocom.vit import CompressedViT
 
@@ -82,8 +82,7 @@ def build(
     if image_size % patch:
         raise TocomError(f"images of {image_size} pixels do not divide into patches of {patch}; change image_size")
     model.reset_classifier(0)
-    if tuple(model.patch_embed.img_size) != (image_size, image_size):
-        model.set_input_size(img_size=(image_size, image_size))
+    set_image_size(model, image_size)
     segmenter = Segmenter(compressed(model, described, compressor, degree), make_head(head, model.embed_dim, classes))
     about = {
         "architecture": described["architecture"],

@@ -12,9 +12,10 @@ import pandas as pd
 
 from tocom.analysis.cells import KEYS
 from tocom.analysis.published import read_published
-from tocom.analysis.tables import METHOD, NOT_RUN, Table, Text, signed
+from tocom.analysis.report import write_pages
+from tocom.analysis.tables import METHOD, NOT_RUN, Table, Text, partly, signed
 from tocom.errors import TocomError
-from tocom.files import load_arrays, write_text
+from tocom.files import load_arrays
 from tocom.segmentation.metrics import Counts, difference, estimate, pixel_accuracy
 from tocom.settings import PLAIN, TOCOM
 
@@ -90,7 +91,7 @@ def gather(
             figures = {"n": len(counts.tp), "miou": one.value, "miou_low": one.low, "miou_high": one.high}
             rows.append(run | cell | figures | {"pixel_accuracy": pixel_accuracy(counts)})
     frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    return frame.sort_values(list(COLUMNS[:9]), ignore_index=True), conditions
+    return frame.sort_values(list(KEYS), ignore_index=True), conditions
 
 
 def published(of: str, infer: int, compensated: bool | None = None) -> Text:
@@ -110,8 +111,7 @@ def published_degrees() -> list[int]:
 def _miou_text(condition: Condition, resamples: int, planned: int, bold: bool = False) -> Text:
     """Return mIoU with its interval, and the number of seeds if not all that were planned were run."""
     figure, n_seeds = estimate(condition.counts, resamples), len(condition.by_seed)
-    partly = f" ({n_seeds} of {planned} seeds)" if n_seeds < planned else ""
-    return Text(f"{figure.value:.1f} [{figure.low:.1f}, {figure.high:.1f}]{partly}", bold)
+    return Text(f"{figure.value:.1f} [{figure.low:.1f}, {figure.high:.1f}]{partly(n_seeds, planned)}", bold)
 
 
 def _measured(
@@ -210,9 +210,4 @@ def make_tables(
 
 def write_tables(tables: Sequence[Table], folder: str | os.PathLike) -> None:
     """Write tables as segmentation.md, .tex and .html."""
-    from tocom.analysis.report import PAGE
-
-    folder = Path(folder)
-    write_text(folder / "segmentation.md", "\n".join(table.markdown() for table in tables))
-    write_text(folder / "segmentation.html", PAGE + "\n".join(table.html() for table in tables))
-    write_text(folder / "segmentation.tex", "\n".join(table.latex() for table in tables))
+    write_pages(tables, Path(folder) / "segmentation")

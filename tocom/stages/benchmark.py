@@ -34,7 +34,7 @@ from tocom.analysis.tables import NOT_RUN, Table, Text
 from tocom.compensator import Compensator
 from tocom.errors import TocomError
 from tocom.files import atomic
-from tocom.models import create, default_proportional_attention, pick_device
+from tocom.models import check_patches, create, default_proportional_attention, pick_device
 from tocom.rates import device_name
 from tocom.settings import BenchmarkSettings, DistilSettings, FinetuneSettings
 from tocom.stages.common import compressed
@@ -225,10 +225,8 @@ def _image_size(architecture: str, degrees: Sequence[int], settings: BenchmarkSe
         vit = CompressedViT(model)
     for degree in degrees:
         vit.set_degree(degree)
-    side, patch = model.patch_embed.img_size[0], model.patch_embed.patch_size[0]
-    if side % patch:
-        near = max(patch, round(side / patch) * patch)
-        raise TocomError(f"image size {side} is no multiple of the {patch}-pixel patches; use {near}")
+    side = model.patch_embed.img_size[0]
+    check_patches(side, model.patch_embed.patch_size[0])
     return side
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tocom.compensator import Compensator
-from tocom.models import load_model, pick_device
+from tocom.models import load_model, pick_device, set_image_size
 from tocom.settings import BenchmarkSettings, ThroughputSettings
 from tocom.stages.common import compressed
 from tocom.training import autocast, bar, make_deterministic
@@ -220,8 +220,8 @@ def _peak_memory_mb(vit: CompressedViT, images: torch.Tensor, precision: str) ->
 
 def _make(backbone: str | os.PathLike, device: torch.device, compressor: str, image_size: int | None) -> CompressedViT:
     model, about = load_model(backbone)
-    if image_size is not None and tuple(model.patch_embed.img_size) != (image_size, image_size):
-        model.set_input_size(img_size=(image_size, image_size))
+    if image_size is not None:
+        set_image_size(model, image_size)
     return compressed(model.to(device), about, compressor).eval()
 
 

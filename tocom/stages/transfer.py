@@ -15,11 +15,7 @@ from tocom.models import load_model, pick_device
 from tocom.settings import NO_GAP, EvaluateSettings
 from tocom.stages.common import compressed, load_task, predict
 from tocom.training import bar, make_deterministic
-
-
-def is_head(name: str) -> bool:
-    """Return whether a parameter belongs to the classifier, which tasks do not share."""
-    return name.startswith(("head.", "head_dist."))
+from tocom.tuning import is_head
 
 
 @torch.no_grad()
