@@ -8,7 +8,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 
-.PHONY: reproduce studies test check lock reference backbone clean help
+.PHONY: reproduce console check test slow studies lock reference backbone clean help
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -27,19 +27,25 @@ $(VENV)/.test: $(VENV)/.run requirements/test.txt
 	touch $@
 
 reproduce: $(VENV)/.run  ## Run the demo study and print its main table
-	start=$$(date +%s); \
-	snakemake --cores $(CORES); \
-	end=$$(date +%s); \
-	snakemake --cores 1 --quiet all --report results/demo/report.html; \
-	tocom analyse show results/demo; \
-	tocom analyse split results/demo --since $$start --until $$end --cores $(CORES)
+	snakemake --cores $(CORES)
+	snakemake --cores 1 --quiet all --report results/demo/report.html
+	tocom analyse show results/demo
 
-test: $(VENV)/.test  ## Run every check and every test
+console: $(VENV)/.run  ## Record what `make reproduce` shows in a terminal, in docs/console.md
+	python scripts/console.py
+
+check: $(VENV)/.test  ## Run every linter and the unit tests
 	ruff check .
 	ruff format --check .
 	snakefmt --check Snakefile workflow
 	snakemake --lint
-	pytest -n 2 --dist worksteal
+	pytest -n 2 --dist worksteal -m "not dag and not slow"
+
+test: check  ## Run every check and every test but the slow ones: check, and the real workflow on small studies
+	pytest -n 2 --dist worksteal -m dag
+
+slow: $(VENV)/.test  ## Run what is slow by nature: kills of the workflow, a real Slurm, a fake Kubernetes
+	pytest -m slow
 
 lock:  ## Pin the newest versions that requirements/*.in allow
 	for name in bootstrap run test; do \
@@ -47,23 +53,21 @@ lock:  ## Pin the newest versions that requirements/*.in allow
 	    requirements/$$name.in -o requirements/$$name.txt; \
 	done
 
-STUDIES := cifar100 fgvc vtab1k backbones compressors speedup ablations gap_transfer ade20k
 PROFILE ?= profiles/default
 
 studies: $(VENV)/.run  ## Run every study of the paper as one DAG (PROFILE=profiles/slurm on a cluster)
 	status=0; \
-	snakemake --snakefile workflow/joint.smk --workflow-profile $(PROFILE) || status=$$?; \
-	tocom analyse overview $(STUDIES:%=config/%.yaml) --output results/overview; \
+	snakemake --configfile config/studies.yaml --workflow-profile $(PROFILE) || status=$$?; \
+	tocom analyse overview config/studies.yaml --output results/overview; \
 	exit $$status
 
 reference:  ## Make the present run the one that `snakemake verify` compares with
 	mkdir -p results/demo/reference
-	cp results/demo/cells.csv results/demo/reference/cells.csv
+	cp results/demo/cells.csv results/demo/study.json results/demo/reference/
 
 backbone:  ## Pre-train the bundled backbone again, by the workflow, and put it in its place
 	snakemake --cores $(CORES) --configfile config/pretrain.yaml -- pretrain
 	cp results/pretrain/backbones/glyph_vit.safetensors tocom/assets/glyph_vit.safetensors
-	tocom card tocom/assets/glyph_vit.safetensors --output tocom/assets/glyph_vit.md
 
 clean:  ## Remove everything that a run makes, the committed results excepted
 	git clean -fdXq results .snakemake

@@ -6,7 +6,11 @@ import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 
-from tocom.compensator import Compensator
+from tests.small import ARCHITECTURE, KWARGS, teach
+from tests.small import build as build_backbone
+from tocom.data.registry import prepare
+from tocom.models import save_model
+from tocom.parts import Shape, make_part
 
 torch.set_num_threads(1)  # the models are too small to share, and tests may run in parallel
 
@@ -90,10 +94,11 @@ def images():
 
 @pytest.fixture(scope="session")
 def make_compensator():
-    """Build a compensator whose update is not zero, in float64."""
+    """Build a ToCom whose update is not zero, in float64."""
 
-    def make(depth=3, dim=24, steps=6, seed=0, **settings):
-        result = Compensator(depth, dim, steps, **settings)
+    def make(depth=3, dim=24, max_degree=6, seed=0, **options):
+        shape = Shape(depth, dim, 2, 17, 1)
+        result = make_part("compensator", {"kind": "tocom"} | options, shape, max_degree)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             result.down.copy_(torch.randn(result.down.shape, generator=generator))
@@ -124,6 +129,8 @@ def loop_merge():
         members = {i: [i] for i in range(n_tokens)}
         for a in merging:
             members[best[a][1]] += members.pop(a)
+        if not prefix:  # the public code sorts what stays only to bring the class token to the front
+            side_a.sort(key=lambda a: best[a][0], reverse=True)
         order = [*range(prefix), *(a for a in side_a if a in members), *side_b]
         merged_sizes = [sum(sizes[i] for i in members[j]) for j in order]
         merged = [
@@ -132,6 +139,30 @@ def loop_merge():
         return torch.stack(merged), merged_sizes
 
     return merge
+
+
+# --- a backbone, a task and a compensator small enough to train in a second -------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def backbone(tmp_path_factory):
+    path = tmp_path_factory.mktemp("backbone") / "tiny.safetensors"
+    save_model(path, build_backbone(), ARCHITECTURE, KWARGS)
+    return path
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "digits.safetensors"
+    prepare("digits", path, {"train": 64, "val": 32, "test": 40})
+    return path
+
+
+@pytest.fixture(scope="session")
+def compensator(backbone, tmp_path_factory):
+    path = tmp_path_factory.mktemp("compensator") / "tome.safetensors"
+    teach(backbone, path)
+    return path
 
 
 def pytest_collection_modifyitems(items):

@@ -1,13 +1,20 @@
-"""A backbone and a recipe that train in a second, for tests of the stages and the command line."""
+"""A backbone and recipes that train in a second, for tests of the stages and the command line."""
 
+import pytest
 import torch
 
+from tocom import distributed, training
+from tocom.jobs import FinetuneJob, LearnJob
 from tocom.models import create
-from tocom.settings import FinetuneSettings
+from tocom.parts import Tokens
+from tocom.stages.finetune import finetune
+from tocom.stages.learn import learn
+from tocom.study import Checkpoint
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 41}
-QUICK = FinetuneSettings(epochs=2, batch_size=16, lr=2e-3, device="cpu")
+QUICK = {"epochs": 2, "batch_size": 16, "lr": 2e-3, "device": "cpu"}
+LEARN = {"epochs": 2, "images": 64, "held_out": 32, "pairs": 4, "batch_size": 32, "device": "cpu"}
 
 
 @torch.no_grad()
@@ -19,3 +26,52 @@ def build(**overrides):
         if parameter.ndim > 1 and "embed" not in name:
             parameter.mul_(25)
     return model.eval()
+
+
+def tune(backbone, data, folder, label="0", seed=0, learned=None, workers=0, settings=None, **job):
+    """Fine-tune one model; return its checkpoint and what is stored with it."""
+    job = {"checkpoints": ((label, seed),), "max_degree": 4, "settings": QUICK | (settings or {})} | job
+    (about,) = finetune(FinetuneJob(**job), backbone, data, folder, learned, workers)
+    return folder / Checkpoint(label, seed).file, about
+
+
+def teach(backbone, output, settings=None, **job):
+    """Learn a part; return what is stored with it."""
+    return learn(LearnJob(**{"max_degree": 4, "settings": LEARN | (settings or {})} | job), backbone, output)
+
+
+def steps_of(run, kill_at=None):
+    """Count the training steps of something, of which each leaves a state; raise in the middle of one if told so."""
+    done = 0
+
+    def count(parameters):
+        nonlocal done
+        done += 1
+        if done == kill_at:
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "SAVE_SECONDS", 0.0)
+        patch.setattr(distributed, "sum_gradients", count)  # with one process there is nothing to sum
+        if kill_at is None:
+            run()
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                run()
+    return done
+
+
+def refusal(function, *arguments, **settings):
+    """Return the one line with which something is refused."""
+    from tocom.errors import TocomError
+
+    with pytest.raises(TocomError) as caught:
+        function(*arguments, **settings)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def squeeze(compressor, x, size, count, attention, prefix):
+    """Return what a compressor makes of tokens [B, N, D] and sizes [B, N, 1]: tokens and sizes."""
+    tokens = compressor.compress(Tokens(x, size, count, 0, prefix), attention)
+    return tokens.x, tokens.size

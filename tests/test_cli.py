@@ -1,149 +1,200 @@
-"""The command line: errors of one line, nothing half-written, help that helps."""
+"""The command line: every stage as a command, one-line errors with status 1, nothing half-written, help that helps."""
 
+import contextlib
+import io
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
-from tests.small import KWARGS
-from tocom.cli import _json
-from tocom.errors import TocomError
-from tocom.models import create, save_model
+from tests.data.disk import file_limit
+from tests.small import ARCHITECTURE, KWARGS, LEARN, QUICK, tune
+from tocom import cli
+from tocom.files import load_arrays, load_tensors
+from tocom.methods import PARTS
 
-
-def tocom(*words, **options):
-    command = [sys.executable, "-m", "tocom.cli", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
-
-
-def assert_one_line_error(result, *parts):
-    lines = [line for line in result.stderr.strip().splitlines() if line.strip()]
-    assert result.returncode == 1
-    assert lines[-1].startswith("tocom: error: ")
-    assert "Traceback" not in result.stderr
-    assert len([line for line in lines if line.startswith("tocom: error: ")]) == 1
-    for part in parts:
-        assert part in lines[-1]
+COMMANDS = ["prepare", "backbone", "pretrain", "learn", "finetune", "evaluate", "transfer", "throughput", "benchmark",
+            "import", "info", "models", "methods", "tasks", "settings", "check", "schema", "study", "plan", "data",
+            "analyse"]  # fmt: skip
+TUNE = json.dumps({"settings": QUICK, "max_degree": 4})
 
 
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory):
-    path = tmp_path_factory.mktemp("backbone") / "tiny.safetensors"
-    save_model(path, create("vit_tiny_patch16_224", KWARGS), "vit_tiny_patch16_224", KWARGS)
-    return path
+def tocom(*words):
+    """Run the program in this process; return its exit status, standard output and standard error."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["tocom", *map(str, words)])
+        patch.setenv("COLUMNS", "200")
+        try:
+            cli.main()
+            status = 0
+        except SystemExit as left:
+            status = left.code
+    return status, out.getvalue(), err.getvalue()
 
 
-@pytest.fixture(scope="module")
-def digits(tmp_path_factory):
-    path = tmp_path_factory.mktemp("data") / "digits.safetensors"
-    result = tocom("prepare", "digits", "--train", 32, "--val", 16, "--test", 16, "-o", path)
-    assert result.returncode == 0, result.stderr
-    return path
+def works(*words):
+    status, out, err = tocom(*words)
+    assert status == 0, err
+    return out
 
 
-@pytest.mark.parametrize(
-    ("text", "message"), [("[1]", "is no JSON object"), ("3", "is no JSON object"), ("{", "is not JSON")]
-)
-def test_kwargs_that_are_no_object(text, message):
-    with pytest.raises(TocomError, match=message) as caught:
-        _json(text, "--kwargs")
-    assert "\n" not in str(caught.value)
-    assert _json('{"depth": 2}', "--kwargs") == {"depth": 2}
+def fails(*words):
+    """Return the one line that the program ends with."""
+    status, out, err = tocom(*words)
+    lines = [line for line in err.splitlines() if line.startswith("tocom: error: ")]
+    assert (status, len(lines), err.splitlines()[-1]) == (1, 1, lines[-1]), err
+    return lines[0]
 
 
 def finetune(backbone, data, output, *more):
-    quick = ["--set", "epochs=2", "--set", "device=cpu"]
-    return tocom("finetune", backbone, data, "-o", output, *quick, *(more or ("--at", "0:0")))
+    return ["finetune", TUNE, "--backbone", backbone, "--data", data, "-o", output, *more]
 
 
-def test_an_unknown_key_in_a_config(tmp_path):
+def test_an_error_of_the_real_program_is_one_line_without_a_traceback(tmp_path):
     (tmp_path / "c.yaml").write_text("study: c\nsedes: [1]\n")
-    assert_one_line_error(tocom("check", tmp_path / "c.yaml"), "unknown key 'sedes'", "'seeds'")
+    command = [sys.executable, "-m", "tocom.cli", "check", tmp_path / "c.yaml"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (1, "", 1)
+    assert result.stderr.startswith("tocom: error: ")
+    assert "unknown key 'sedes' (did you mean 'seeds'?)" in result.stderr
 
 
-def test_a_degree_out_of_range(backbone, digits, tmp_path):
-    assert_one_line_error(finetune(backbone, digits, tmp_path / "x", "--at", "often:0"), "--at 'often:0'")
-    distilled = tmp_path / "c"
-    quick = ["--set", "epochs=1", "--set", "images=32", "--set", "held_out=16", "--set", "device=cpu"]
-    assert tocom("distil", backbone, "-o", distilled, "--max-degree", 2, *quick).returncode == 0
-    assert finetune(backbone, digits, tmp_path / "m").returncode == 0
-    paths = ["--checkpoint", tmp_path / "m", "--compensator", distilled, "-o", tmp_path / "p"]
-    assert_one_line_error(tocom("evaluate", digits, *paths, "--degree", 3), "degree 3 is out of range", "0 to 2")
-    assert not (tmp_path / "p").exists()
+def test_help_does_not_wait_for_torch():
+    code = "import sys, tocom.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_a_corrupt_checkpoint(backbone, digits, tmp_path):
+# --- the stages, one after another ------------------------------------------------------------------------------------
+
+
+def test_a_study_by_hand_from_images_to_cells(backbone, tmp_path):
+    data, models, part, cells = (tmp_path / name for name in ("digits", "models", "part", "cells"))
+    sizes = [f"--set=data.{split}={n}" for split, n in (("train", 64), ("val", 32), ("test", 40))]
+    works("prepare", '{"task": "digits"}', "-o", data, *sizes)
+    works("learn", json.dumps({"max_degree": 4, "settings": LEARN}), "--backbone", backbone, "-o", part)
+    checkpoints = "--set=checkpoints=" + json.dumps([["0", 0], ["4", 0]])
+    works(*finetune(backbone, data, models, checkpoints))
+    job = {"settings": {"device": "cpu", "scales": [0, 1]}}
+    job["methods"] = {"tome": {"infer_degrees": [0, 4]}, "tocom": {"infer_degrees": [4], "compensated": True}}
+    added = ["--compensator", f"tocom={part}"]
+    works("evaluate", json.dumps(job), "--checkpoint", models, "--data", data, *added, "-o", cells)
+    predicted = load_arrays(cells)[1]["cells"]
+    assert [(c["train_degree"], c["method"], c["infer_degree"]) for c in predicted] == [
+        (label, *cell) for label in "04" for cell in (("tome", 0), ("tome", 4), ("tocom", 4))
+    ]
+    gap = json.dumps({"low": "0", "high": "4", "seeds": [0], "settings": {"device": "cpu"}})
+    works("transfer", gap, "--data", f"digits={data}", "--checkpoints", f"digits={models}", "-o", tmp_path / "t.csv")
+    assert len((tmp_path / "t.csv").read_text().splitlines()) == 3
+    speed = {"settings": {"device": "cpu", "batch_size": 2, "repeats": 2, "warmup": 1}, "degrees": [4]}
+    speed = json.dumps(speed | {"methods": {"tome": False, "tocom": True}})
+    works("throughput", speed, "--backbone", backbone, *added, "-o", tmp_path / "s.csv")
+    assert len((tmp_path / "s.csv").read_text().splitlines()) == 3
+    assert "--compensator tocom=FILE" in fails("throughput", speed, "--backbone", backbone, "-o", tmp_path / "no")
+    assert "write NAME=VALUE" in fails("throughput", speed, "--backbone", backbone, "-o", "no", "--compensator", part)
+    assert "no checkpoint train-0_seed-0" in fails(
+        "transfer", gap, "--data", f"digits={data}", "--checkpoints", f"digits={tmp_path}", "-o", tmp_path / "no"
+    )
+    above = "--set=methods.tocom.infer_degrees=[5]"
+    files = ["--checkpoint", models, "--data", data, *added, "-o", tmp_path / "no"]
+    assert "degree 5 is out of range" in fails("evaluate", json.dumps(job), above, *files)
+    assert not (tmp_path / "no").exists()
+    assert "train_degree" in works("info", models / "train-4_seed-0.safetensors")
+
+
+def test_backbones_are_imported_and_pre_trained(tmp_path):
+    torch.save(torch.nn.Linear(2, 2).state_dict(), tmp_path / "w.pth")
+    job = {"architecture": f"{ARCHITECTURE}.augreg_in21k", "kwargs": KWARGS, "weights": str(tmp_path / "w.pth")}
+    assert "does not fit" in fails("backbone", json.dumps(job), "-o", tmp_path / "b")
+    quick = {"epochs": 1, "images": 16, "held_out": 8, "batch_size": 8, "threads": 1, "device": "cpu"}
+    quick["warmup_epochs"] = 0
+    job = {"architecture": ARCHITECTURE, "kwargs": KWARGS, "settings": quick}
+    works("pretrain", json.dumps(job), "-o", tmp_path / "p")
+    assert load_tensors(tmp_path / "p")[1]["kind"] == "model"
+
+
+def test_a_public_compensator_is_imported(make_compensator, tmp_path):
+    torch.save({"model": make_compensator(dim=4).float().to_public()}, tmp_path / "p.pth")
+    assert "compensator" in works("import", tmp_path / "p.pth", "-o", tmp_path / "c", "--steps", 6)
+    assert "not a multiple of 5 steps" in fails("import", tmp_path / "p.pth", "-o", tmp_path / "d", "--steps", 5)
+
+
+# --- what goes wrong --------------------------------------------------------------------------------------------------
+
+
+def test_a_degree_or_a_setting_out_of_range(backbone, digits, tmp_path):
+    command = finetune(backbone, digits, tmp_path / "x")
+    assert "train degree -1 is out of range" in fails(*command, '--set=checkpoints=[["-1", 0]]')
+    assert "unknown key 'epoch' (did you mean 'epochs'?)" in fails(*command, "--set=settings.epoch=3")
+    assert "unknown key 'ranks' (did you mean 'rank'?)" in fails(*command, '--set=tuning={"kind": "lora", "ranks": 1}')
+    assert "did you mean 'evit'" in fails(*command, "--set=compressor=evitt")
+    assert "is no JSON" in fails("finetune", "{", *command[2:])
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_corrupt_checkpoint_a_pickle_and_files_of_the_wrong_kind(backbone, digits, tmp_path):
     data = bytearray(backbone.read_bytes())
+    (tmp_path / "short").write_bytes(data[:500])
     data[-5] ^= 0xFF
     (tmp_path / "flipped").write_bytes(data)
-    (tmp_path / "short").write_bytes(data[:500])
-    for name in ("flipped", "short"):
-        assert_one_line_error(finetune(tmp_path / name, digits, tmp_path / "out" / "x"), "corrupt")
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_pickle_in_place_of_a_checkpoint(digits, tmp_path):
     torch.save({"weight": torch.zeros(3)}, tmp_path / "model.pth")
-    assert_one_line_error(finetune(tmp_path / "model.pth", digits, tmp_path / "out" / "x"), "pickles can run code")
+    for wrong, cause in (("flipped", "corrupt"), ("short", "corrupt"), ("model.pth", "pickles can run code"),
+                         ("none", "no such file"), (digits, "not a model")):  # fmt: skip
+        assert cause in fails(*finetune(tmp_path / wrong, digits, tmp_path / "out"))
+    assert "not a prepared task" in fails(*finetune(backbone, backbone, tmp_path / "out"))
+    assert "is a task to classify, the job is one to segment" in fails(
+        "finetune", '{"task_kind": "segment"}', *finetune(backbone, digits, tmp_path / "out")[2:]
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_a_loss_that_turns_nan(backbone, digits, tmp_path):
-    result = finetune(backbone, digits, tmp_path / "x", "--at", "0:0", "--set", "lr=1e30", "--set", "epochs=5")
-    assert_one_line_error(result, "became nan", "lower the learning rate")
-    assert not (tmp_path / "x").exists()
-
-
-def test_a_disk_with_no_room_for_the_output(tmp_path):
-    # A limit on the size of files makes the write itself fail, half way through.
-    code = (
-        "import resource, signal, sys, tocom.cli\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        f"sys.argv = ['tocom', 'prepare', 'digits', '-o', {str(tmp_path / 'x')!r}]\n"
-        "tocom.cli.main()\n"
-    )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert_one_line_error(result, "cannot write", "free some space")
+    message = fails(*finetune(backbone, digits, tmp_path / "x", "--set=settings.lr=1e30", "--set=settings.epochs=5"))
+    assert "became nan" in message
+    assert "lower the learning rate" in message
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_missing_file_and_a_file_of_the_wrong_kind(backbone, digits, tmp_path):
-    assert_one_line_error(finetune(tmp_path / "none", digits, tmp_path / "x"), "no such file")
-    assert_one_line_error(finetune(digits, digits, tmp_path / "x"), "not a model")
-    assert_one_line_error(finetune(backbone, backbone, tmp_path / "x"), "not a prepared task")
+def test_a_disk_with_no_room_for_the_output(tmp_path):
+    with file_limit(100_000):
+        message = fails("prepare", '{"task": "digits"}', "-o", tmp_path / "x")
+    assert "cannot write" in message
+    assert "free some space" in message
+    assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("output", ["{name}.safetensors", "same.safetensors"])
-def test_an_output_that_cannot_hold_every_run(backbone, digits, tmp_path, output):
-    assert_one_line_error(finetune(backbone, digits, tmp_path / output, "--at", "0:0", "--at", "0:1"), "--output")
+# --- what there is ----------------------------------------------------------------------------------------------------
 
 
-def test_a_finetuned_model_can_be_inspected(backbone, digits, tmp_path):
-    assert finetune(backbone, digits, tmp_path / "{degree}-{seed}", "--at", "0:0", "--at", "2:1").returncode == 0
-    result = tocom("info", tmp_path / "2-1")
-    assert result.returncode == 0
-    assert "train_degree" in result.stdout
-
-
-@pytest.mark.parametrize(
-    "command", ["", "prepare", "pretrain", "finetune", "distil", "evaluate", "transfer", "throughput", "info", "models",
-                "tasks", "settings", "check", "schema", "import", "card", "analyse"]
-)  # fmt: skip
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_every_command_has_help(command):
-    from typer.testing import CliRunner
-
-    from tocom.cli import app
-
-    result = CliRunner().invoke(app, [*command.split(), "--help"])
-    assert result.exit_code == 0
-    assert len(result.stdout) > 200
+    assert len(works(*command.split(), "--help")) > 200
 
 
-def test_help_and_the_list_of_tasks_do_not_wait_for_torch():
-    code = "import sys, tocom.cli, tocom.config; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert "mnist5k" in tocom("tasks").stdout
-    assert "deit_base_patch16_224" in tocom("models", "deit_base*").stdout
-    assert "trained_scale" in tocom("settings").stdout
+def test_lists_name_what_there_is():
+    assert "mnist5k" in works("tasks")
+    assert "deit_base_patch16_224" in works("models", "deit_base*")
+    listed = works("methods")
+    assert all(name in listed for names in PARTS.values() for name in names)
+    assert "trained_scale" in works("settings")
+    assert "trained_scale" in works("settings", "compensator.tocom")
+    assert "did you mean 'finetune'" in fails("settings", "finetun")
+
+
+def test_configs_are_checked_and_written_as_a_study(tmp_path):
+    demo = yaml.safe_load((Path(__file__).parents[1] / "config" / "demo.yaml").read_text())
+    (tmp_path / "demo.yaml").write_text(yaml.safe_dump(demo, sort_keys=False))
+    assert "study 'demo' is valid: 3 methods, 48 checkpoints" in tocom("check", tmp_path / "demo.yaml")[2]
+    works("study", json.dumps(demo), "-o", tmp_path / "study.json")
+    assert json.loads((tmp_path / "study.json").read_text())["study"] == "demo"
+    works("schema", "-o", tmp_path / "schema.json")
+    assert "like" in (tmp_path / "schema.json").read_text()
+
+
+def test_a_checkpoint_says_how_it_was_tuned(backbone, digits, tmp_path):
+    path, _ = tune(backbone, digits, tmp_path / "x", "2", tuning="head")
+    assert "head" in works("info", path)

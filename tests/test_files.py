@@ -1,6 +1,5 @@
 """Files that are whole or absent, and what is refused on the way in."""
 
-import errno
 import os
 import pickle
 import stat
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.data.disk import file_limit
+from tests.small import refusal as refused_line
 from tocom.errors import TocomError
 from tocom.files import atomic, digest, load_arrays, load_tensors, save_arrays, save_tensors, sha256, write_text
 
@@ -58,15 +58,6 @@ def test_a_failure_leaves_no_temporary_and_the_old_file_if_any(tmp_path, error, 
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"] * existing
 
 
-def test_a_full_disk_is_one_line_that_names_file_cause_and_fix(tmp_path):
-    with pytest.raises(TocomError) as caught, atomic(tmp_path / "a.txt"):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    message = str(caught.value)
-    assert message.startswith(f"cannot write {tmp_path / 'a.txt'}: No space left on device; free some space")
-    assert "\n" not in message
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize("existing", [True, False])
 def test_a_disk_that_fills_up_while_writing_leaves_nothing_behind(tmp_path, write, existing):
     target = tmp_path / "file"
@@ -80,7 +71,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_nothing_behind(tmp_path, writ
 
 def test_a_folder_that_is_a_file_is_refused(tmp_path, write):
     (tmp_path / "results").write_text("")
-    with pytest.raises(TocomError, match="cannot write .*choose another folder"):
+    with pytest.raises(TocomError, match="cannot write .*; choose a folder that you may write to"):
         write(tmp_path / "results" / "file")
 
 
@@ -94,11 +85,6 @@ def test_a_result_is_as_readable_as_any_new_file(tmp_path, write):
 
 
 # --- what goes in comes out -----------------------------------------------------------------------------------
-
-
-def test_text_is_written_as_utf_8(tmp_path):
-    write_text(tmp_path / "a.txt", "a → b\n")
-    assert (tmp_path / "a.txt").read_bytes() == b"a \xe2\x86\x92 b\n"
 
 
 METADATA = {"kind": "model", "n": 3, "x": 0.1, "list": [1, None, True], "nested": {"b": "é", "a": {}}, "text": '"{'}
@@ -124,11 +110,6 @@ def test_arrays_and_metadata_come_back_as_they_went_in(tmp_path):
     for name, array in arrays.items():
         assert loaded[name].dtype == array.dtype
         np.testing.assert_array_equal(loaded[name], array)
-
-
-def test_tensors_that_require_gradients_are_saved(tmp_path):
-    save_tensors(tmp_path / "t", {"p": torch.nn.Parameter(torch.ones(2))})
-    assert torch.equal(load_tensors(tmp_path / "t")[0]["p"], torch.ones(2))
 
 
 def test_the_same_contents_are_the_same_bytes(tmp_path):
@@ -161,11 +142,9 @@ def test_what_another_program_wrote_is_read_with_its_metadata_as_text(tmp_path):
 
 
 def refusal(path, load=load_tensors):
-    with pytest.raises(TocomError) as caught:
-        load(path)
-    assert "\n" not in str(caught.value)
-    assert str(path) in str(caught.value)
-    return str(caught.value)
+    message = refused_line(load, path)
+    assert str(path) in message
+    return message
 
 
 @pytest.mark.parametrize("load", [load_tensors, load_arrays])
@@ -223,11 +202,6 @@ def test_a_torch_archive_is_refused_as_what_it_is(tmp_path):
 
 
 # --- hashes ---------------------------------------------------------------------------------------------------
-
-
-def test_sha256_is_that_of_the_bytes(tmp_path):
-    (tmp_path / "f").write_bytes(b"abc")
-    assert sha256(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
 def test_a_digest_depends_on_names_and_values_but_not_on_order_or_layout():

@@ -5,16 +5,15 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
-import yaml
+import torch
 
+from tests.small import refusal
 from tocom import gpus
-from tocom.config import parse_study
+from tocom.distributed import launch
 from tocom.errors import TocomError
-
-ROOT = Path(__file__).parents[1]
+from tocom.models import pick_device
 
 #: Claims, says what it got, and keeps it until somebody closes its input.
 HOLDER = (
@@ -30,7 +29,8 @@ def machine(tmp_path, monkeypatch):
     monkeypatch.setattr(gpus.tempfile, "tempdir", None)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     for name in ("CUDA_VISIBLE_DEVICES", "TOCOM_GPUS", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is put back
+        monkeypatch.delenv(name)
 
     def install(count):
         program = tmp_path / "nvidia-smi"
@@ -66,7 +66,7 @@ def test_a_job_waits_for_a_gpu_and_gets_the_one_that_comes_free(machine):
     first, second = holder(), holder()
     taken = [first.stdout.readline().strip(), second.stdout.readline().strip()]
     third = holder()
-    time.sleep(2)
+    time.sleep(1)
     assert third.poll() is None
     end(second)
     assert third.stdout.readline().strip() == taken[1]
@@ -143,91 +143,37 @@ def test_more_gpus_than_there_are_is_an_error_and_no_endless_wait(machine):
         gpus.claim(3, {})
 
 
-def test_a_command_holds_its_gpus_until_it_ends(machine):
+def test_a_job_claims_its_gpu_before_it_starts_cuda_and_only_for_the_device_cuda(machine, monkeypatch):
     machine(3)
-    inner = "import os, sys; print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); sys.stdin.read()"
-    command = [sys.executable, "-m", "tocom.gpus", "--count", "2", "--", sys.executable, "-c", inner]
-    job = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert job.stdout.readline().strip() == "GPU-0,GPU-1"
-    with pytest.raises(TocomError, match="came free"):
-        gpus.claim(2, {}, timeout=0)
-    end(job)
-    assert gpus.claim(2, {}, timeout=10) == ("GPU-0", "GPU-1")
-
-
-#: Says what CUDA would have been shown whenever it was asked something.
-ASKS = """
-import os, torch
-shown = []
-torch.cuda.is_available = lambda: shown.append(os.environ.get("CUDA_VISIBLE_DEVICES")) or True
-torch.cuda.device_count = lambda: shown.append(os.environ.get("CUDA_VISIBLE_DEVICES")) or 1
-import tocom.segmentation.stage
-from tocom.stages import distil, evaluate, finetune, pretrain, throughput, transfer
-from tocom.models import pick_device
-for device in ("auto", "cpu", "cuda:1", "cuda", "cuda"):
-    pick_device(device)
-print(*shown)
-"""
-
-
-def test_a_job_claims_its_gpu_before_it_starts_cuda_and_only_for_the_device_cuda(machine):
-    machine(3)
-    first = holder()
+    first, shown = holder(), []
     assert first.stdout.readline().strip() == "GPU-0"
-    job = subprocess.run([sys.executable, "-c", ASKS], capture_output=True, text=True, timeout=300)
-    assert job.stdout.split() == ["None", "None", "GPU-1", "GPU-1"], job.stderr  # auto, cuda:1, cuda, cuda
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: not shown.append(os.environ.get("CUDA_VISIBLE_DEVICES")))
+    for device in ("auto", "cpu", "cuda:1", "cuda", "cuda"):
+        pick_device(device)
+    assert shown == [None, None, "GPU-1", "GPU-1"]  # auto, cuda:1, cuda, cuda
     end(first)
 
 
-DEMO = yaml.safe_load((ROOT / "config" / "demo.yaml").read_text())
-FOUR = {"mem_mb": 1000, "runtime": 10, "processes": 4}
-
-
-def test_processes_that_train_together_get_gpus_that_no_other_job_has(machine, tmp_path):
+def test_processes_that_train_together_get_gpus_that_no_other_job_has(machine, monkeypatch):
     machine(6)
-    (tmp_path / "torchrun").write_text('#!/bin/sh\necho "$CUDA_VISIBLE_DEVICES" "$@"\n')
-    (tmp_path / "torchrun").chmod(0o755)
-    study = parse_study(DEMO | {"resources": {"distil": FOUR}, "distil": DEMO["distil"] | {"device": "cuda"}})
-    first = holder()
+    first, started = holder(), []
     assert first.stdout.readline().strip() == "GPU-0"
-    job = subprocess.run(
-        ["bash", "-c", f"{study.launcher('distil')} distil --output x"],
-        env=os.environ
-        | {"PATH": f"{tmp_path}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    words = "--standalone --nproc-per-node 4 -m tocom.cli distil --output x"
-    assert job.stdout == f"GPU-1,GPU-2,GPU-3,GPU-4 {words}\n", job.stderr
+
+    def execv(program, words):
+        started.append((os.environ["CUDA_VISIBLE_DEVICES"], words))
+        raise SystemExit
+
+    monkeypatch.setattr(os, "execv", execv)
+    monkeypatch.setattr(sys, "argv", ["tocom", "learn", "JOB"])
+    launch(1, 1, "cuda")
+    with pytest.raises(SystemExit):
+        launch(4, 1, "cuda")
+    words = "-m torch.distributed.run --standalone --nproc-per-node 4 -m tocom.cli learn JOB"
+    assert started == [("GPU-1,GPU-2,GPU-3,GPU-4", [sys.executable, *words.split()])]
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert "in a job of Slurm only" in refusal(launch, 4, 2, "cuda")
     end(first)
-
-
-def test_only_jobs_that_ask_for_gpus_claim_them():
-    claims = {}
-    for device in ("cpu", "auto", "cuda"):
-        finetune = DEMO["finetune"] | {"device": device}
-        claims[device] = parse_study(DEMO | {"resources": {"finetune": FOUR}, "finetune": finetune})
-    assert claims["cpu"].launcher("finetune") == "torchrun --standalone --nproc-per-node 4 -m tocom.cli"
-    assert claims["auto"].launcher("finetune") == claims["cpu"].launcher("finetune")
-    assert claims["cuda"].launcher("finetune").startswith("python -m tocom.gpus --count 4 -- torchrun --standalone")
-    # Its training is a section of its own, which may be on another device than fine-tuning.
-    scenes = yaml.safe_load((ROOT / "config" / "ade20k.yaml").read_text()) | {"resources": {"finetune": FOUR}}
-    assert "tocom.gpus" in parse_study(scenes).launcher("finetune")
-    scenes["segmentation"]["train"]["device"] = "cpu"
-    assert "tocom.gpus" not in parse_study(scenes).launcher("finetune")
-    nodes = DEMO | {"resources": {"distil": FOUR | {"nodes": 2}}, "distil": DEMO["distil"] | {"device": "cuda"}}
-    assert "tocom.gpus" not in parse_study(nodes).launcher("distil")  # Slurm has given it its GPUs
-
-
-def test_a_command_that_cannot_be_started_is_named(machine):
-    machine(1)
-    command = [sys.executable, "-m", "tocom.gpus", "--", "no-such-program"]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (result.returncode, result.stderr) == (
-        1,
-        "tocom: error: cannot start no-such-program: No such file or directory\n",
-    )
 
 
 def test_a_folder_of_locks_that_belongs_to_somebody_else_is_refused(machine, monkeypatch):

@@ -2,32 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from tocom.errors import TocomError
-from tocom.timing import is_main
 
 Output = Annotated[Path, typer.Option("--output", "-o", help="File to write, whole or not at all.")]
 Sets = Annotated[
     Optional[list[str]],
-    typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change a setting of this stage; see `tocom settings`. Repeatable."
-    ),
+    typer.Option("--set", metavar="KEY=VALUE", help="Change a part of the job, such as settings.epochs=5. Repeatable."),
 ]
-BackboneArgument = Annotated[str, typer.Argument(help="A bundled backbone (`tocom models`) or a checkpoint's path.")]
+JobArgument = Annotated[
+    str, typer.Argument(metavar="[JOB]", help="What is done, as JSON or a YAML file; see `tocom settings STAGE`.")
+]
+BackboneOption = Annotated[str, typer.Option("--backbone", help="A bundled backbone (`tocom models`) or a checkpoint.")]
 
 
 def say(text: str) -> None:
     """Tell the user something, once for all processes; standard output stays free for tables."""
+    from tocom.distributed import is_main  # imports torch, for which `tocom --help` does not wait
+
     if is_main():
         typer.echo(text, err=True)
 
 
-def check_outputs(checkpoints: Sequence[Path], outputs: Sequence[Path]) -> None:
-    """Raise TocomError unless there is an output for each checkpoint."""
-    if len(outputs) != len(checkpoints):
-        raise TocomError(f"{len(checkpoints)} checkpoints but {len(outputs)} outputs; give --output once for each")
+def pairs(texts: list[str] | None, option: str) -> dict[str, str]:
+    """Return NAME=VALUE texts as a mapping.
+
+    Raises:
+        TocomError: a text has no "=".
+    """
+    for text in texts or []:
+        if "=" not in text:
+            raise TocomError(f"{option} {text!r}: write NAME=VALUE")
+    return dict(text.split("=", 1) for text in texts or [])
+
+
+def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
+    """Print a table on standard output."""
+    from rich.console import Console
+    from rich.table import Table
+
+    result = Table(*header)
+    for row in rows:
+        result.add_row(*row)
+    Console().print(result)

@@ -39,10 +39,10 @@ def fetch(
     ] = False,
     catalogue: CatalogueOption = None,
 ) -> None:
-    """Download data sets, verify and unpack them. Goes on where an earlier run was cut."""
+    """Download data sets, verify and unpack them. Files that an earlier run verified are kept."""
     from tocom.data.catalogue import owner_of, read_catalogue, select, size_text
-    from tocom.data.fetch import default_root, read_record
     from tocom.data.fetch import fetch as run
+    from tocom.data.store import default_root, read_record
 
     entries = read_catalogue(catalogue)
     root = root or default_root()
@@ -66,7 +66,7 @@ def check(
     """Hash fetched data sets again; exit status 1 at the first file that is missing, changed or too many."""
     from tocom.data.catalogue import owner_of, read_catalogue, select, size_text
     from tocom.data.fetch import check as run
-    from tocom.data.fetch import default_root, read_record
+    from tocom.data.store import default_root, read_record
 
     entries = read_catalogue(catalogue)
     root = root or default_root()
@@ -90,7 +90,7 @@ def list_(
 
     from tocom.data.catalogue import download_text, read_catalogue
     from tocom.data.catalogue import markdown as table_of
-    from tocom.data.fetch import default_root, status
+    from tocom.data.store import default_root, status
 
     entries = read_catalogue(catalogue)
     if markdown:
@@ -105,32 +105,6 @@ def list_(
         table.add_row(name, entry.group, str(entry.classes), download_text(entry), there, entry.licence)
     # Names that are cut are of no use: in a narrow terminal, let it break the lines.
     Console(width=max(Console().width, 130)).print(table)
-
-
-@data.command("build-vtab")
-def build_vtab(
-    tasks: Annotated[
-        list[str],
-        typer.Argument(help="Tasks of VTAB-1k, such as dtd or vtab.dtd; or `all` that can be and are not there."),
-    ],
-    output: Annotated[
-        Path, typer.Option("--output", "-o", help="Folder for all tasks; `fetch vtab-1k --from` registers it.")
-    ],
-    root: RootOption = None,
-    seed: Annotated[int, typer.Option(help="Draws the images to train and to choose on.")] = 0,
-    catalogue: CatalogueOption = None,
-) -> None:
-    """Build tasks of VTAB-1k from their public sources, fetched before (`fetch source.dtd`)."""
-    from tocom.data.catalogue import read_catalogue
-    from tocom.data.fetch import default_root
-    from tocom.data.vtab_build import TASKS, build, is_built
-
-    entries = read_catalogue(catalogue)
-    for task in TASKS if tasks == ["all"] else tasks:
-        if tasks == ["all"] and is_built(task, output, seed):
-            typer.echo(f"{task}: {output / task}, built before", err=True)
-            continue
-        typer.echo(f"{task}: {build(task, root or default_root(), output, seed, catalogue=entries)}", err=True)
 
 
 @data.command("unpack-imagenet")

@@ -52,7 +52,8 @@ def _inflected(degree: Inflected, depth: int) -> tuple[int, ...]:
         raise TocomError(f"inflection {inflection} is out of range: it lies between -1 and 1")
     first = int(r * (1 - inflection))
     last = 2 * r - first
-    return tuple(int(first + (last - first) * block / max(depth - 1, 1)) for block in range(depth))
+    step = (last - first) / max(depth - 1, 1)  # in this order: other roundings give other counts now and then
+    return tuple(int(first + step * block) for block in range(depth))
 
 
 def limit(n_tokens: int, n_protected: int) -> int:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import itertools
 import os
+import socket
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,12 +21,13 @@ from torch import Tensor, distributed
 from torch.distributed.rendezvous import rendezvous
 
 from tocom.errors import TocomError
-from tocom.timing import is_main
+from tocom.gpus import claim
 
 __all__ = [
     "broadcast",
     "gather",
     "is_main",
+    "launch",
     "own_device",
     "processes",
     "rank",
@@ -37,6 +40,11 @@ __all__ = [
 
 #: Numbers the groups that this process joins, one for each model that it trains.
 _groups = itertools.count()
+
+
+def is_main() -> bool:
+    """Return whether this process is the one of torchrun's that reports; without torchrun it is."""
+    return rank() == 0
 
 
 def world_size() -> int:
@@ -71,6 +79,34 @@ def own_device(device: torch.device) -> torch.device:
             " start as many processes as there are GPUs"
         )
     return torch.device("cuda", local)
+
+
+def launch(processes: int, nodes: int, device: str) -> None:
+    """Have several processes run this program's command line in its place, as torchrun starts them.
+
+    Does nothing for one process, or in one that torchrun started. On one node the processes first get GPUs that no
+    other job has; several nodes are those of the Slurm job that this runs in, each with as many processes.
+
+    Raises:
+        TocomError: several nodes are asked for outside of Slurm, or the GPUs are not to be had.
+    """
+    if processes * nodes == 1 or "WORLD_SIZE" in os.environ:
+        return
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]
+    each = ["--nproc-per-node", str(processes), "-m", "tocom.cli", *sys.argv[1:]]
+    if nodes == 1:
+        if device.startswith("cuda"):
+            claim(processes)
+        os.execv(sys.executable, [*torchrun, "--standalone", *each])
+    job = os.environ.get("SLURM_JOB_ID")
+    if job is None:
+        raise TocomError(f"{nodes} nodes can be used in a job of Slurm only; use one node, or submit it")
+    meet = f"{socket.gethostname()}:{29500 + int(job) % 1000}"
+    step = ["srun", "--overlap", f"--nodes={nodes}", "--ntasks-per-node=1"]
+    rendezvous_by = ["--nnodes", str(nodes), "--rdzv-id", job, "--rdzv-backend", "c10d", "--rdzv-endpoint", meet]
+    # The step that this runs in has one node; what it says of itself must not reach the step of all nodes.
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("SLURM_") or k in ("SLURM_JOB_ID", "SLURM_CONF")}
+    os.execvpe("srun", [*step, *torchrun, *rendezvous_by, *each], kept)
 
 
 @contextmanager

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tocom.errors import TocomError
-from tocom.timing import counting_files
 
 #: First bytes of the formats that hide code: zip (torch.save), pickle protocols 2 to 5.
 _FOREIGN = {b"PK": "a zip archive, as torch.save writes", b"\x80": "a Python pickle"}
@@ -38,9 +38,10 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
         temporary.chmod(0o666 & ~umask)  # mkstemp and safetensors make private files; results are to be shared
         temporary.replace(path)
     except OSError as error:
-        raise TocomError(
-            f"cannot write {path}: {error.strerror or error}; free some space or choose another folder"
-        ) from error
+        # Without a number: what libraries that report a full disk in a type of their own are turned into.
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)
+        fix = "free some space, or choose another folder" if full else "choose a folder that you may write to"
+        raise TocomError(f"cannot write {path}: {error.strerror or error}; {fix}") from error
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
@@ -50,6 +51,67 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Write ``text`` to ``path``, all of it or nothing."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+#: Most values that a YAML file may stand for once its aliases are written out: it is a config, not data.
+_YAML_VALUES = 100_000
+
+
+def read_yaml(path: str | os.PathLike) -> Any:
+    """Read a YAML file.
+
+    Raises:
+        TocomError: it is no YAML, names a key twice (of which YAML would drop the first), or its aliases stand for more
+            than any config needs. OSError: it cannot be read.
+    """
+    import yaml
+
+    text = Path(path).read_bytes()
+    try:
+        loader = _yaml_loader()(text.decode("utf-8"))
+        try:
+            value = loader.get_single_data()
+        finally:
+            loader.dispose()
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise TocomError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from None
+    if _size(value, {}) > _YAML_VALUES:
+        raise TocomError(f"{path} stands for more than {_YAML_VALUES:,} values; write it without so many aliases")
+    return value
+
+
+def _size(value: Any, known: dict[int, int]) -> int:
+    """Return how many values one is made of, its aliases written out; one that holds itself is endless."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = _YAML_VALUES  # until it is known: a value that holds itself stays too large
+        parts = value.values() if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(value)]
+
+
+def _yaml_loader() -> type:
+    """Return a safe loader that refuses a key given twice."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            seen = set()
+            for key, _ in node.value:
+                if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
+                seen.add(str(key.value))
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
+def write_rows(rows: Sequence[dict], path: str | os.PathLike) -> None:
+    """Write rows as CSV; floats read back exactly, the same rows give the same bytes."""
+    import pandas as pd
+
+    write_text(path, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
 
 
 def save_tensors(path: str | os.PathLike, tensors: dict, metadata: dict[str, Any] | None = None) -> None:
@@ -66,7 +128,7 @@ def _write(path: str | os.PathLike, save_file: Callable, tensors: dict, metadata
     from safetensors import SafetensorError
 
     text = {key: json.dumps(value, sort_keys=True) for key, value in (metadata or {}).items()}
-    with counting_files(), atomic(path) as temporary:
+    with atomic(path) as temporary:
         try:
             save_file(tensors, temporary, metadata=text | {"checksum": json.dumps(_checksum(text))})
         except SafetensorError as error:  # safetensors reports a full disk in its own type
@@ -94,7 +156,7 @@ def _read(path: str | os.PathLike, framework: str) -> tuple[dict, dict[str, Any]
     if not path.is_file():
         raise TocomError(f"no such file: {path}; check the path, or run the stage that makes it")
     try:
-        with counting_files(), safe_open(path, framework=framework) as file:
+        with safe_open(path, framework=framework) as file:
             metadata = _decode(file.metadata() or {})
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118, it is no dict
     except (SafetensorError, ValueError) as error:
@@ -155,6 +217,13 @@ def sha256(path: str | os.PathLike) -> str:
     """Return the SHA-256 of a file as 64 hexadecimal digits."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def check_finite(tensors: dict, path: str | os.PathLike) -> None:
+    """Raise TocomError if a torch tensor that was read from ``path`` holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.isfinite().all():
+            raise TocomError(f"{path} holds NaN or infinite values ({name}); what made it has failed: use another")
 
 
 def digest(tensors: dict) -> str:

@@ -5,9 +5,7 @@ of them would take the first. Here a job locks free ones, and sees no others fro
 the locks when the process ends, however it ends.
 
 :func:`tocom.models.pick_device` does so for ``device: cuda``. Several processes that train one model get their GPUs
-before torchrun starts, all at once (``Study.launcher``):
-
-    python -m tocom.gpus --count 2 -- torchrun --standalone --nproc-per-node 2 -m tocom.cli finetune ...
+before torchrun starts, all at once (:func:`tocom.distributed.launch`).
 """
 
 from __future__ import annotations
@@ -21,9 +19,6 @@ import tempfile
 import time
 from collections.abc import MutableMapping
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from tocom.errors import TocomError
 
@@ -139,21 +134,3 @@ def _folder() -> Path:
     except OSError as error:
         raise TocomError(f"cannot use {folder} for locks ({error.strerror or error}); set TMPDIR") from None
     return folder
-
-
-def start(
-    command: Annotated[list[str], typer.Argument(help="After --: the command and its arguments.")],
-    count: Annotated[int, typer.Option(min=1, help="How many GPUs.")] = 1,
-) -> None:
-    """Claim GPUs, then become another command, which sees these GPUs only and holds them until it ends."""
-    try:
-        claim(count)
-        os.execvp(command[0], command)
-    except TocomError as error:
-        sys.exit(f"tocom: error: {error}")
-    except OSError as error:
-        sys.exit(f"tocom: error: cannot start {command[0]}: {error.strerror}")
-
-
-if __name__ == "__main__":
-    typer.run(start)

@@ -14,15 +14,14 @@ import torch
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from tocom.adapters import describe_adapters
 from tocom.bundled import resolve
-from tocom.compensator import is_folded
 from tocom.errors import TocomError, suggest
-from tocom.files import digest, load_tensors, save_tensors
+from tocom.files import check_finite, digest, load_tensors, save_tensors
 from tocom.files import sha256 as sha256_of
+from tocom.folding import is_folded
 from tocom.gpus import claim
-from tocom.settings import TuningSettings
-from tocom.tuning import is_head, restore_adapters
+from tocom.parts import Compressor, is_head, make_part
+from tocom.vit import CompressedViT
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,10 @@ PAPER_BACKBONES = {
         note="what timm 0.4.12, which the public code asks for, calls vit_base_patch16_224; the paper names no file",
     ),
 }
+
+
+#: Prefixes of the parameters that are saved beside those of a timm ViT.
+BESIDE = ("compressor", "decoder")
 
 
 def default_proportional_attention(architecture: str) -> bool:
@@ -101,11 +104,20 @@ def compressible(pattern: str) -> list[tuple[str, str]]:
     return [(name, module) for module in modules for name in timm.list_models(pattern, module=module)]
 
 
-def save_model(path: str | os.PathLike, model: nn.Module, architecture: str, kwargs: dict, **metadata) -> None:
-    """Write a model with what is needed to build it again, its adapters (``tuning``) too.
+def save_model(
+    path: str | os.PathLike,
+    model: nn.Module,
+    architecture: str,
+    kwargs: dict,
+    beside: dict[str, nn.Module] | None = None,
+    **metadata,
+) -> None:
+    """Write a model with what is needed to build it again.
 
     Args:
-        metadata: what else is stored with it.
+        beside: modules that are no part of the timm ViT, by the prefix that the names of their parameters get: a
+            compressor with parameters, the head of a segmenter.
+        metadata: what else is stored with it; ``tuning`` names what it has besides its architecture's modules.
 
     Raises:
         TocomError: a compensator is folded into the weights, which would be saved with it.
@@ -113,6 +125,8 @@ def save_model(path: str | os.PathLike, model: nn.Module, architecture: str, kwa
     if is_folded(model):
         raise TocomError("a compensator is folded into this model; detach it before saving, and save it on its own")
     tensors = model.state_dict()
+    for prefix, module in (beside or {}).items():
+        tensors |= {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
     described = {
         "format": 1,
         "kind": "model",
@@ -120,11 +134,10 @@ def save_model(path: str | os.PathLike, model: nn.Module, architecture: str, kwa
         "kwargs": kwargs,
         "sha256": digest(tensors),
     }
-    adapters = describe_adapters(model)
-    save_tensors(path, tensors, metadata | described | ({"tuning": adapters} if adapters else {}))
+    save_tensors(path, tensors, metadata | described)
 
 
-def load_model(checkpoint: str | os.PathLike, num_classes: int | None = None, **overrides):
+def load_model(checkpoint: str | os.PathLike, num_classes: int | None = None, **overrides) -> tuple[nn.Module, dict]:
     """Build the model that a checkpoint describes and load its weights.
 
     Args:
@@ -134,8 +147,9 @@ def load_model(checkpoint: str | os.PathLike, num_classes: int | None = None, **
         overrides: constructor arguments that do not change the weights (``drop_path_rate``).
 
     Returns:
-        The model in eval mode, with the adapters that its metadata name under ``tuning``, and the checkpoint's
-        metadata (``proportional_attention`` is absent where it is on).
+        The model in eval mode, with the modules that its ``tuning`` added, and the checkpoint's metadata
+        (``proportional_attention`` is absent where it is on). What was saved beside it is under ``beside``: prefix ->
+        state.
 
     Raises:
         TocomError: the file is missing, corrupt, of another kind, a pickle, or does not match its hash.
@@ -146,10 +160,13 @@ def load_model(checkpoint: str | os.PathLike, num_classes: int | None = None, **
         raise TocomError(f"{path} holds {meta.get('kind', 'something else')}, not a model; check the path")
     if digest(tensors) != meta["sha256"]:
         raise TocomError(f"{path} is corrupt: its weights do not match their hash; make or fetch it again")
+    check_finite(tensors, path)
     model = create(meta["architecture"], meta["kwargs"] | overrides)
-    restore_adapters(model, TuningSettings(**meta.get("tuning", {})))
+    if "tuning" in meta:
+        make_part("tuning", meta["tuning"]).restore(model)
+    own, meta["beside"] = _separated(tensors)
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict(own)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise TocomError(f"{path} does not fit {meta['architecture']!r} as this timm builds it: {reason}") from None
@@ -160,6 +177,29 @@ def load_model(checkpoint: str | os.PathLike, num_classes: int | None = None, **
                 nn.init.zeros_(head.weight)
                 nn.init.zeros_(head.bias)
     return model.eval(), meta
+
+
+def _separated(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
+    """Separate the weights of a timm ViT from those that were saved beside it."""
+    own, beside = {}, {}
+    for name, value in tensors.items():
+        prefix, _, rest = name.partition(".")
+        if prefix in BESIDE:
+            beside.setdefault(prefix, {})[rest] = value
+        else:
+            own[name] = value
+    return own, beside
+
+
+def compress(model: nn.Module, about: dict, compressor: str | dict | Compressor, degree: int = 0) -> CompressedViT:
+    """Wrap a loaded model as its checkpoint's metadata say it is to be run, its compressor's parameters loaded."""
+    attention, highest = about.get("proportional_attention", True), about.get("max_degree", 0)
+    vit = CompressedViT(model, compressor, degree, attention, highest)
+    state = about.get("beside", {}).get("compressor")
+    if state:
+        vit.compressor.load_state_dict(state)
+    vit.compressor.to(next(model.parameters()).device)
+    return vit
 
 
 # --- foreign weights ------------------------------------------------------------------------------------------------
@@ -204,8 +244,6 @@ def import_backbone(
         TocomError: the name or an argument is wrong, the file cannot be had, holds code, has another hash or does not
             fit the architecture (the weights are named), or the model is one that cannot be compressed.
     """
-    from tocom.vit import CompressedViT
-
     architecture = _full_name(architecture)
     if weights is not None and revision is not None:
         raise TocomError("a local file of weights has no revision; give either weights or revision")
@@ -240,8 +278,8 @@ def load_fine_tuned(
     weights: str | os.PathLike,
     backbone: str | os.PathLike,
     num_classes: int | None = None,
-    train_degree: int | str | None = None,
-    compressor: str | None = None,
+    train_degree: str | None = None,
+    compressor: dict | None = None,
 ) -> tuple[nn.Module, dict]:
     """Load a model that was fine-tuned elsewhere from a backbone, to be used as it is (off the shelf).
 
@@ -285,20 +323,19 @@ def load_fine_tuned(
             f"{path} has a classifier for {model.num_classes} classes, the task has {num_classes};"
             " name the model that was fine-tuned for this task"
         )
-    described.pop("tuning", None)
-    kept = {key: own[key] for key in ("architecture", "kwargs", "tuning") if key in own}
+    for key in ("tuning", "beside"):
+        described.pop(key, None)
+    kept = {key: own[key] for key in ("architecture", "kwargs", "tuning", "beside") if key in own}
     return model.eval(), described | kept | {"fine_tuned": {"file": path.name, "sha256": hashed}}
 
 
-def _check_origin(
-    path: Path, own: dict, backbone: dict, train_degree: int | str | None, compressor: str | None
-) -> None:
+def _check_origin(path: Path, own: dict, backbone: dict, train_degree: str | None, compressor: dict | None) -> None:
     """Raise TocomError if a checkpoint's metadata say that it was not trained from this backbone in this way.
 
     At degree 0 nothing is compressed, so that neither the compressor nor the kind of attention made a difference.
     """
     wanted = {"backbone_sha256": backbone["sha256"], "train_degree": train_degree}
-    if own.get("train_degree") != 0:
+    if own.get("train_degree") != "0":
         wanted |= {
             "compressor": compressor,
             "proportional_attention": backbone.get("proportional_attention", True),
@@ -449,15 +486,16 @@ def _read_weights(path: Path, ema: bool) -> dict[str, Tensor]:
     """Read named tensors with timm, which takes off wrappers and prefixes and runs no code."""
     try:
         state = timm.models.load_state_dict(str(path), use_ema=ema)
-    except Exception as error:  # safetensors, zip, pickle and torch raise errors of their own
+    except Exception:  # safetensors, zip, pickle and torch raise errors of their own
         raise TocomError(
-            f"{path} cannot be read as tensors alone and is refused ({_first_line(error)});"
-            " save its state_dict, best as safetensors"
+            f"{path} cannot be read as tensors alone and is refused, since pickles can run code;"
+            " save the model's state_dict, best as safetensors"
         ) from None
     strange = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if strange or not state:
         what = f"{strange[0]!r} is no tensor" if strange else "it is empty"
         raise TocomError(f"{path} holds no weights by name ({what}); save the model's state_dict")
+    check_finite(state, path)
     return state
 
 
@@ -503,5 +541,5 @@ def pick_device(device: str = "auto") -> torch.device:
     if device == "cuda" and not torch.cuda.is_initialized():
         claim()  # before the next line, which starts CUDA
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise TocomError(f"device {device!r} was asked for, but torch sees no GPU; use --device cpu")
+        raise TocomError(f"device {device!r} was asked for, but torch sees no GPU; set device: cpu")
     return chosen

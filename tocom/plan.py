@@ -1,536 +1,361 @@
-"""What a study will take, before anyone starts it: jobs, passes of images through models, device hours, disk space.
+"""What some studies will take, before anyone starts them: jobs, images through models, device hours, disk space.
 
-All but :func:`plan_command` and what it measures is arithmetic on the config. Imports neither torch nor timm.
+Counts are arithmetic on the configs; hours are counts times a short measurement, or times the rates in a benchmark.csv.
+Where a count depends on what comes out, it is the most there can be. nan stands for what cannot be known yet.
 """
 
 from __future__ import annotations
 
 import math
-import sys
-from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, NamedTuple, Optional
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, NamedTuple
 
-import typer
+import numpy as np
 
-from tocom.config import Checkpoint, Study, TaskEntry, read_study
-from tocom.data.catalogue import DataSet, owner_of, read_catalogue, size_text
+from tocom.bundled import resolve
+from tocom.cli_common import say, table
+from tocom.data.catalogue import read_catalogue, size_text
+from tocom.data.listing import SPLITS
+from tocom.data.registry import DEFAULT_VAL, GENERATED, TASKS, listing_of, pretraining_files
 from tocom.errors import TocomError
-from tocom.plan_inputs import Model, Sizes, describe, distillation_images, segmentation_sizes, task_sizes
-from tocom.rates import Head, Rate, Rates, default_batch
-from tocom.settings import RANDOM, Augmentation, Optimisation
+from tocom.files import load_arrays
+from tocom.jobs import Plan
+from tocom.parts import make_part, source_degree
+from tocom.settings import BenchmarkSettings, LearnSettings, Optimisation
+from tocom.study import Study, read_config
 
-#: Bytes of a weight of a checkpoint, of a label, of a prediction, and of a count of pixels.
-FLOAT, LABEL, PREDICTION, COUNT = 4, 8, 2, 4
+if TYPE_CHECKING:
+    from tocom.stages.works import Subject
 
-
-class Runs(NamedTuple):
-    """What images go through: a backbone behind a compressor, for images of some size."""
-
-    backbone: str
-    compressor: str
-    image_size: int
-    head: Head | None = None
+Sizes = Mapping[tuple[str, str], Mapping[str, float]]  # study and task -> split -> images
+#: Images of 224 x 224 pixels, or as many pixels in others, in a step that is timed.
+BATCHES = {"cuda": 64, "cpu": 2}
 
 
-@dataclass(frozen=True)
-class Work:
-    """Passes of images through one model.
+class Passes(NamedTuple):
+    """Images that go through a model, shared evenly among some degrees.
 
     Attributes:
-        stage: what a plan sums over. runs: the model. mode: "train" or "infer".
-        degrees: the degrees that the images are shared among evenly.
-        images: how many passes; None: not known.
+        stage: the workflow's rule. work: what is done with them, of :data:`tocom.stages.works.STAGES`.
     """
 
     stage: str
-    runs: Runs
-    mode: str
+    work: str
+    subject: Subject
     precision: str
-    degrees: tuple[int, ...]
-    images: float | None
+    degrees: Sequence[int]
+    images: float
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What its speed depends on, but for the degree."""
+        return self.work, repr(self.subject), self.precision
 
 
-@dataclass
-class Amount:
-    """A sum of which parts may be unknown."""
-
-    known: float = 0.0
-    whole: bool = True
-
-    def add(self, value: float | None) -> Amount:
-        """Add a part; None is one that is not known."""
-        self.known += value or 0
-        self.whole = self.whole and value is not None
-        return self
-
-    def text(self, show: Callable[[float], str]) -> str:
-        """Return the sum for people: a figure, a figure and "unknown", or "unknown"."""
-        if self.whole:
-            return show(self.known)
-        return f"{show(self.known)} + unknown" if self.known else "unknown"
+Rates = Mapping[tuple[str, str, str], Mapping[int, float]]  # key -> seconds an image by degree
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a study takes.
-
-    Attributes:
-        jobs: Snakemake's jobs by rule, from nothing; the numbered rules of fine-tuning and evaluation are summed up.
-        passes: images through a model, by stage. hours: of the device, by stage.
-        disk: bytes, by kind of file.
-        unknown: tasks and images whose number is not known yet.
-        device: what the rates were measured on.
-    """
-
-    jobs: dict[str, int]
-    passes: dict[str, Amount]
-    hours: dict[str, Amount]
-    disk: dict[str, Amount]
-    unknown: tuple[str, ...] = ()
-    device: str = ""
+# --- counts -----------------------------------------------------------------------------------------------------------
 
 
-def plan(
-    study: Study,
-    rates: Rates,
-    models: Mapping[str, Model],
-    sizes: Mapping[str, Sizes],
-    distil_images: Mapping[str | None, int | None],
-    catalogue: Mapping[str, DataSet] | None = None,
-) -> Plan:
-    """Work out what a study takes; pure arithmetic.
+def jobs_by_rule(plan: Plan) -> dict[str, int]:
+    """Return the number of Snakemake's jobs by rule, in a folder without results."""
+    counts = Counter(fetch=len(fetched(plan)), learn=len(plan.learned))
+    for (_, name), study in plan.backbones.items():
+        entry = study.backbone(name)
+        counts.update(import_backbone=entry.timm is not None, pretrain_backbone=entry.architecture is not None)
+    for study in plan.studies.values():
+        counts.update(("study", "cells", "compare", "tables", "figures", "gather_throughput"))
+        counts.update(paper_table=study.paper is not None, gather_transfer=study.transfer, prepare=len(study.tasks))
+        batches = len(plan.per_model(study, "{backbone} {tuned} {task} {batch}"))
+        gaps, speed = (len(plan.per_model(study, "{backbone} {tuned}", of)) for of in ("gaps", "speed"))
+        counts.update(finetune=batches, evaluate=batches, transfer=gaps, throughput=speed)
+    return {rule: count for rule, count in counts.items() if count} | {"all": 1}
 
-    Args:
-        models: backbone -> model. sizes: task, or what is segmented -> images in its splits.
-        distil_images: what ToCom is distilled on (None: letters) -> images in it; None: not known, or without end.
+
+def fetched(plan: Plan) -> list[str]:
+    """Return the marks of all data sets that are downloaded."""
+    marks = [plan.fetched(job.settings.source, job.data_root) for job in plan.learned.values()]
+    for name, study in plan.studies.items():
+        marks += [plan.task_data(SimpleNamespace(study=name, task=task)) for task in study.task_names]
+    return sorted({mark for found in marks for mark in found})
+
+
+def sizes_of(study: Study, name: str) -> Mapping[str, float]:
+    """Return the images in each split of a task: counted if they are there, else as the catalogue states; or nan."""
+    entry, data = study.task(name), study.data_for(name)
+    wanted = {split: getattr(data, split) for split in SPLITS}
+    if entry.kind is None and name in TASKS and TASKS[name].group == GENERATED:
+        return {split: wanted[split] or TASKS[name].sizes[split] for split in SPLITS}
+    if entry.kind not in ("hub", "python"):  # those would be downloaded, or run
+        try:
+            listing = listing_of(name, wanted, source=entry if entry.kind else None, root=data.root)
+            return {split: len(listing.splits[split]) for split in SPLITS}
+        except TocomError:
+            pass  # not there yet
+    prepared = study.root / "data" / f"{name}.safetensors"
+    if not entry.is_downloaded and prepared.is_file():
+        return load_arrays(prepared)[1]["sizes"]
+    there = dict.fromkeys(SPLITS[::2], math.nan) | (_stated(name) if entry.is_downloaded else {})
+    share = wanted["val"] or DEFAULT_VAL
+    if "val" not in there:  # drawn from the training images, as tocom.data.registry does
+        there["val"] = np.round(share * there["train"]) if share < 1 else share
+        there["train"] -= there["val"]
+    limits = {split: wanted[split] if (wanted[split] or 0) >= 1 else math.inf for split in SPLITS}
+    return {split: min(there[split], limits[split]) for split in SPLITS}  # of nan and a number, nan
+
+
+def _stated(name: str) -> dict[str, float]:
+    """Return the sizes of splits in the catalogue's text, such as "800 train, 200 val"."""
+    found = re.findall(r"([\d,]+) (train|val|test)\b", read_catalogue()[name].split)
+    return {split: int(number.replace(",", "")) for number, split in found}
+
+
+def checkpoints_of(study: Study) -> int:
+    """Return the number of a study's checkpoints."""
+    each = sum(len(study.train_degrees_of(tuned)) for tuned in study.tuned)
+    return each * len(study.seeds) * len(study.tasks) * len(study.backbones)
+
+
+def cells_of(study: Study) -> int:
+    """Return the number of a study's cells; what was trained at no one degree is not compensated."""
+    each = 0
+    for name, method in study.methods.items():
+        labels = study.train_degrees_of(name)
+        used = [label for label in labels if method.compensator is None or source_degree(label) is not None]
+        each += len(used) * len(study.infer_degrees_of(name))
+    return each * len(study.seeds) * len(study.tasks) * len(study.backbones)
+
+
+def passes(plan: Plan, sizes: Sizes) -> Iterator[Passes]:
+    """Yield all passes of images through models."""
+    for (_, name), study in plan.backbones.items():
+        if study.backbone(name).architecture:
+            it, subject = study.pretrain, subject_of(study, name)
+            yield Passes("pretrain", "fine-tuning", subject, it.precision, [0], it.images * it.epochs)
+            scored = [*[0] * it.epochs, *range(study.max_degree + 1)]
+            yield Passes("pretrain", "evaluation", subject, "fp32", scored, it.held_out * len(scored))
+    for (store, name, _), job in plan.learned.items():
+        subject, it = subject_of(plan.backbones[store, name], name, job.compressor), job.settings
+        images, held_out = _learned_on(it, job.data_root)
+        degrees, scored = range(job.max_degree + 1), 2 * held_out * (it.epochs + 1)  # by teacher and student
+        yield Passes("learn", "distillation", subject, it.precision, degrees, _trained(images, it))
+        yield Passes("learn", "evaluation", subject, it.precision, degrees, scored)
+    for study in plan.studies.values():
+        for backbone in study.backbones:
+            speed = plan.per_model(study, "{tuned}", "speed")
+            for tuned in study.tuned:
+                segments = study.task_kind == "segment"
+                subject = subject_of(study, backbone.name, study.methods[tuned].compressor.described(), segments)
+                for task in study.task_names:
+                    yield from _of_task(study, tuned, task, sizes[study.study, task], subject)
+                yield from _timed(plan, study, tuned, subject) if tuned in speed else ()
+
+
+def _trained(images: float, settings: Optimisation) -> float:
+    """Return the images of all epochs: where images are mixed, the partial batch at the end of each is left out."""
+    return settings.epochs * (images - (images % settings.batch_size if getattr(settings, "mixes", False) else 0))
+
+
+def _learned_on(settings: LearnSettings, root: str) -> tuple[float, float]:
+    """Return how many images a part is learned on, and how many are held out, a tenth at most."""
+    there = math.inf  # there is no end of letters
+    if settings.source is not None:
+        try:
+            there = len(pretraining_files(settings.source, root))
+        except TocomError:  # not there yet
+            there = _stated(settings.source).get("train", math.nan) if settings.source in read_catalogue() else math.nan
+    held_out = min(settings.held_out, there // 10)  # of a number and nan, the number
+    left = there - held_out
+    return left if settings.images is None or left < settings.images else settings.images, held_out
+
+
+def _of_task(study: Study, tuned: str, task: str, sizes: Mapping[str, float], subject: Subject) -> Iterator[Passes]:
+    """Fine-tune, score validation images after every epoch, evaluate all cells, and carry gaps."""
+    it, n, evaluate = study.finetune_for(task), len(study.seeds), study.evaluate
+    tuning = make_part("tuning", study.methods[tuned].tuning.described(), max_degree=study.max_degree)
+    for label in study.train_degrees_of(tuned):
+        source, scored = source_degree(label), tuning.score_degrees(label)
+        trained = range(study.max_degree + 1) if source is None else [source]
+        if tuning.trains_anything:
+            yield Passes("finetune", "fine-tuning", subject, it.precision, trained, n * _trained(sizes["train"], it))
+        images = n * len(scored) * (it.epochs if tuning.trains_anything else 1) * sizes["val"]
+        yield Passes("finetune", "evaluation", subject, it.precision, scored, images)
+        for method in map(study.methods.get, study.sharing(tuned)):
+            every, added = method.infer_degrees or study.infer_degrees, method.compensator is not None
+            degrees = [degree for degree in every if not added or source not in (None, degree)]  # nothing to compensate
+            scales = len(method.scales or evaluate.scales) if added else 1
+            images = n * len(degrees) * (sizes["test"] + (scales * sizes["val"] if scales > 1 else 0))
+            if degrees:
+                yield Passes("evaluate", "evaluation", subject, evaluate.precision, degrees, images)
+    if gap := study.gap_degrees(tuned):
+        images = n * (len(study.tasks) + 1) * sizes["test"]
+        yield Passes("transfer", "evaluation", subject, evaluate.precision, [int(gap[1])], images)
+
+
+def _timed(plan: Plan, study: Study, tuned: str, subject: Subject) -> Iterator[Passes]:
+    """At each degree, the model, the same with each compensator and the uncompressed one take turns."""
+    job = plan.throughput(SimpleNamespace(study=study.study, backbone="", tuned=tuned))
+    it, models = job.settings, {"evaluation": 1 + sum(job.methods.values()), "fine-tuning": int(job.settings.training)}
+    for work, n in models.items():
+        degrees = [*job.degrees * n, *[0] * len(job.degrees)]
+        images = (it.warmup + it.repeats) * it.batch_size * len(degrees)
+        if n:
+            yield Passes("throughput", work, subject, it.precision, degrees, images)
+
+
+def subject_of(study: Study, name: str, compressor: object = None, segments: bool = False) -> Subject:
+    """Return a backbone behind a compressor (by default the first method's), perhaps with a head for its pixels."""
+    from tocom.models import default_proportional_attention
+    from tocom.stages.works import Subject
+
+    entry, task = study.backbone(name), study.task_names[0]
+    architecture, kwargs, attention = entry.timm or entry.architecture, entry.kwargs, entry.proportional_attention
+    if architecture is None:
+        about = load_arrays(resolve(entry.checkpoint))[1]
+        architecture, kwargs = about["architecture"], about["kwargs"]
+        attention = about.get("proportional_attention", True)
+    attention = default_proportional_attention(architecture) if attention is None else attention
+    kwargs = {key: value for key, value in kwargs.items() if key != "num_classes" or value}
+    kwargs["img_size"] = study.image_size_for(task) if segments else entry.image_size
+    compressor = compressor or next(iter(study.methods.values())).compressor.described()
+    head = (study.finetune_for(task).head, _classes(study, task)) if segments else None
+    return Subject(architecture, kwargs, compressor, attention, head)
+
+
+def _classes(study: Study, task: str) -> float:
+    entry = study.task(task)
+    return (entry.classes or math.nan) if entry.kind else (TASKS | read_catalogue())[task].classes
+
+
+def disk(plan: Plan, sizes: Sizes) -> dict[str, list[float]]:
+    """Return bytes by kind of file; small ones (logs, tables, learned parts) are left out."""
+    sets = [read_catalogue()[Path(mark).parent.name] for mark in fetched(plan)]
+    found = {"downloads": [it.download_bytes for it in sets], "data sets, unpacked": [it.unpacked_bytes for it in sets]}
+    found |= {name: [] for name in ("backbones", "prepared tasks", "checkpoints", "predictions")}
+    for (_, name), study in plan.backbones.items():
+        found["backbones"] += [4 * subject_of(study, name).parameters] if study.backbone(name).is_made else []
+    for study in plan.studies.values():
+        segments = study.task_kind == "segment"
+        for task in study.task_names:
+            images, kept, channels = sizes[study.study, task], SPLITS, 3
+            if segments:  # one byte a label; images that are files stay what they are
+                kept, channels = SPLITS if task in TASKS else (), 4
+            elif not plan.prepare(SimpleNamespace(study=study.study, task=task)).decode_train:
+                kept = SPLITS[1:]
+            found["prepared tasks"].append(channels * study.image_size_for(task) ** 2 * sum(images[s] for s in kept))
+            each = 3 * 4 * _classes(study, task) if segments else 2
+            found["predictions"].append(cells_of(study) / len(study.tasks) * images["test"] * each)
+        for backbone in study.backbones:
+            weights = subject_of(study, backbone.name, segments=segments).parameters
+            found["checkpoints"].append(4 * weights * checkpoints_of(study) / len(study.backbones))
+    return found
+
+
+# --- hours ------------------------------------------------------------------------------------------------------------
+
+
+def hours(item: Passes, rates: Rates) -> float:
+    """Return the device hours of some passes; between measured degrees, time is interpolated linearly."""
+    degrees, times = zip(*sorted(rates[item.key].items()), strict=True)
+    return item.images * float(np.interp(list(item.degrees), degrees, times).mean()) / 3600
+
+
+def measured(found: Iterable[Passes], device) -> Rates:
+    """Time, at the lowest and the highest degree, a few steps of all that is done, on a torch device.
 
     Raises:
-        TocomError: a rate that is needed is not among those that were measured.
+        TocomError: the device's memory does not suffice.
     """
-    catalogue = read_catalogue() if catalogue is None else catalogue
-    passes: dict[str, Amount] = {}
-    hours: dict[str, Amount] = {}
-    for work in works(study, sizes, distil_images):
-        backbone, compressor, image_size, head = work.runs
-        name = models[backbone].label(head)
-        each = rates.seconds(name, image_size, compressor, work.precision, work.mode, work.degrees)
-        passes.setdefault(work.stage, Amount()).add(work.images)
-        hours.setdefault(work.stage, Amount()).add(None if work.images is None else work.images * each / 3600)
-    unknown = [name for name, splits in sizes.items() if None in splits]
-    if any(study.distil_for(variant).images is None for variant in _distilled(study)):
-        unknown += [f"images of {name or 'letters'} to distil on" for name, n in distil_images.items() if n is None]
-    return Plan(
-        jobs(study, catalogue), passes, hours, disk(study, models, sizes, catalogue), tuple(unknown), rates.device
-    )
+    from tocom.stages.works import round_seconds
+    from tocom.training import bar
 
-
-# --- jobs -----------------------------------------------------------------------------------------------------------
-
-
-def jobs(study: Study, catalogue: Mapping[str, DataSet]) -> dict[str, int]:
-    """Return the number of Snakemake's jobs by rule, in a folder without results; see workflow/rules."""
-    pairs = len(study.backbones) * len(study.compressors)
-    counts = {
-        "fetch": len(downloads(study, catalogue)),
-        "import_backbone": sum(backbone.timm is not None for backbone in study.backbones),
-        "pretrain_backbone": sum(backbone.architecture is not None for backbone in study.backbones),
-        "distil": pairs * len(_distilled(study)),
-    }
-    counts |= _segmentation_jobs(study, pairs) if study.segmentation else _classification_jobs(study, pairs)
-    counts |= {"throughput": pairs, "gather_throughput": 1, "all": 1}
-    return {rule: count for rule, count in counts.items() if count}
-
-
-def _classification_jobs(study: Study, pairs: int) -> dict[str, int]:
-    per_batch = pairs * len(study.tasks) * len(study.batches)
-    carried = bool(study.gap_degrees)
-    return {
-        "prepare": len(study.tasks),
-        "finetune": per_batch,
-        "evaluate": per_batch,
-        "transfer": pairs * carried,
-        "gather_transfer": int(carried),
-        "cells": 1,
-        "significance": 1,
-        "tables": 1,
-        "paper_table": int("paper" in study.table_names),
-        "figures": 1,
-    }
-
-
-def _segmentation_jobs(study: Study, pairs: int) -> dict[str, int]:
-    runs = pairs * len(study.checkpoints)
-    return {"segment_prepare": 1, "segment_train": runs, "segment_evaluate": runs, "segment_table": 1}
-
-
-def downloads(study: Study, catalogue: Mapping[str, DataSet]) -> list[str]:
-    """Return the data sets of the catalogue that are downloaded for the study."""
-    names = [task.name for task in study.tasks if task.is_downloaded]
-    names += ["ade20k"] if study.segmentation and study.segmentation.is_downloaded else []
-    names += [name for name in images_of(study) if name in catalogue]
-    return list(dict.fromkeys(owner_of(name, catalogue) for name in names))
-
-
-def images_of(study: Study) -> list[str | None]:
-    """Return everything that ToCom is distilled on; None: letters."""
-    pairs = product(study.backbones, _distilled(study))
-    return list(dict.fromkeys(study.distil_images_for(backbone.name, variant) for backbone, variant in pairs))
-
-
-def _distilled(study: Study) -> list[str]:
-    """Return the variants of ToCom that are distilled; those that differ in scales alone share one."""
-    return list(dict.fromkeys(study.distilled_as(variant) for variant in study.variants))
-
-
-# --- passes ---------------------------------------------------------------------------------------------------------
-
-
-def works(study: Study, sizes: Mapping[str, Sizes], distil_images: Mapping[str | None, int | None]) -> list[Work]:
-    """Return all passes of images through models.
-
-    Where the number depends on what comes out, it is the most there can be: every compensated cell is counted, although
-    one whose scale is chosen as 0 is not run again.
-    """
-    found = []
-    for backbone in study.backbones:
-        if backbone.architecture:
-            found += _pretraining(study, Runs(backbone.name, study.compressors[0], backbone.image_size))
-        for compressor in study.compressors:
-            runs = Runs(backbone.name, compressor, backbone.image_size)
-            found += _distillation(study, runs, distil_images)
-            for task, checkpoint in product(study.tasks, study.checkpoints):
-                found += _finetuning(study, runs, task, sizes[task.name], checkpoint)
-                found += _evaluation(study, runs, sizes[task.name], checkpoint)
-            if study.gap_degrees:
-                found += [_transfer(study, runs, sizes[task.name]) for task in study.tasks]
-            if study.segmentation:
-                found += _segmentation(study, backbone.name, compressor, sizes[study.segmentation.name])
-                runs = _segmenter(study, backbone.name, compressor)  # its speed is measured at that size
-            found += _throughput(study, runs)
-    return found
-
-
-def _times(images: int | None, *factors: float) -> float | None:
-    return None if images is None else images * math.prod(factors)
-
-
-def _epoch(images: int | None, settings: Optimisation) -> int | None:
-    """Return the images of an epoch: where images are mixed, the partial batch at the end is left out."""
-    if images is None or not (isinstance(settings, Augmentation) and settings.mixes):
-        return images
-    return images - images % settings.batch_size
-
-
-def _pretraining(study: Study, runs: Runs) -> list[Work]:
-    """Train without compression, score after each epoch, and at the end at every degree; scores are in fp32."""
-    settings, degrees = study.pretrain, tuple(range(study.max_degree + 1))
-    return [
-        Work("pretrain", runs, "train", settings.precision, (0,), settings.images * settings.epochs),
-        Work("pretrain", runs, "infer", "fp32", (0,), settings.held_out * settings.epochs),
-        Work("pretrain", runs, "infer", "fp32", degrees, settings.held_out * len(degrees)),
-    ]
-
-
-def _distillation(study: Study, runs: Runs, distil_images: Mapping[str | None, int | None]) -> list[Work]:
-    """Teacher and student run at degrees drawn evenly from 0 to the highest; the student is also differentiated.
-
-    The student's weights are frozen, so that its backward pass is a little cheaper than the one that was timed.
-    """
-    degrees = tuple(range(study.max_degree + 1))
-    found = []
-    for variant in _distilled(study):
-        settings = study.distil_for(variant)
-        available = distil_images[study.distil_images_for(runs.backbone, variant)]
-        held_out = settings.held_out if available is None else min(settings.held_out, available // 10)
-        left = None if available is None else available - held_out
-        images = min((n for n in (left, settings.images) if n is not None), default=None)
-        passes = _times(_epoch(images, settings), settings.epochs)
-        scored = held_out * (settings.epochs + 1) * 2  # once before the first epoch; teacher and student
-        found += [
-            Work("distil", runs, "infer", settings.precision, degrees, passes),
-            Work("distil", runs, "train", settings.precision, degrees, passes),
-            Work("distil", runs, "infer", settings.precision, degrees, scored),
-        ]
-    return found
-
-
-def _finetuning(study: Study, runs: Runs, task: TaskEntry, sizes: Sizes, checkpoint: Checkpoint) -> list[Work]:
-    """Train on the training images, and classify the validation images after every epoch.
-
-    A model that is used as it is, is only scored. Adapters are counted as if all weights were trained.
-    """
-    settings, degree = study.finetune_for(task.name), checkpoint.train_degree
-    low, high = (0, study.max_degree) if degree == RANDOM else (degree, degree)
-    scored = (low, high // 2, high) if degree == RANDOM else (degree,)
-    epochs = 0 if settings.tuning.mode == "none" else settings.epochs
-    parts = [
-        ("train", tuple(range(low, high + 1)), _times(_epoch(sizes.train, settings), epochs)),
-        ("infer", scored, _times(sizes.val, len(scored), max(epochs, 1))),
-    ]
-    return [
-        Work("finetune", runs, mode, settings.precision, degrees, images)
-        for mode, degrees, images in parts
-        if images != 0
-    ]
-
-
-def _evaluation(study: Study, runs: Runs, sizes: Sizes, checkpoint: Checkpoint, stage: str = "evaluate") -> list[Work]:
-    """Test images in every cell; validation images at every candidate scale of the compensated ones."""
-    settings, degrees = study.evaluate, study.infer_degrees
-    found = [("infer", degrees, _times(sizes.test, len(degrees)))]
-    others = tuple(degree for degree in degrees if degree != checkpoint.train_degree)
-    if checkpoint.train_degree != RANDOM and others:
-        for variant in study.variants:
-            scales = len(study.scales_for(variant) or settings.scales)
-            found.append(("infer", others, _times(sizes.test, len(others))))
-            found.append(("infer", others, _times(sizes.val, len(others), scales if scales > 1 else 0)))
-    return [Work(stage, runs, mode, settings.precision, where, images) for mode, where, images in found]
-
-
-def _transfer(study: Study, runs: Runs, sizes: Sizes) -> Work:
-    """Test images at the high degree: once without a gap, and once with the gap of every task."""
-    images = _times(sizes.test, len(study.seeds), len(study.tasks) + 1)
-    return Work("transfer", runs, "infer", study.evaluate.precision, (study.gap_degrees[1],), images)
-
-
-def _segmenter(study: Study, backbone: str, compressor: str) -> Runs:
-    wanted = study.segmentation
-    return Runs(backbone, compressor, wanted.image_size, Head(wanted.train.head, wanted.n_classes))
-
-
-def _segmentation(study: Study, backbone: str, compressor: str, sizes: Sizes) -> list[Work]:
-    """Train on the training images and score the validation images after every epoch; then evaluate every cell."""
-    training, runs = study.segmentation.train, _segmenter(study, backbone, compressor)
-    found = []
-    for checkpoint in study.checkpoints:
-        own = (checkpoint.train_degree,)
-        for mode, images in (("train", sizes.train), ("infer", sizes.val)):
-            found.append(Work("segment train", runs, mode, training.precision, own, _times(images, training.epochs)))
-        found += _evaluation(study, runs, sizes, checkpoint, "segment evaluate")
-    return found
-
-
-def _throughput(study: Study, runs: Runs) -> list[Work]:
-    """Compare, at each degree, with and without ToCom, with the uncompressed model."""
-    settings, degrees = study.throughput, tuple(sorted({0, *study.infer_degrees}))
-    each = (settings.warmup + settings.repeats) * settings.batch_size * len(degrees)
-    parts = [("infer", degrees, 2 * each), ("infer", (0,), each)]
-    if settings.training:
-        parts += [("train", degrees, each), ("train", (0,), each)]
-    return [Work("throughput", runs, mode, settings.precision, where, images) for mode, where, images in parts]
-
-
-# --- disk -----------------------------------------------------------------------------------------------------------
-
-
-def disk(
-    study: Study, models: Mapping[str, Model], sizes: Mapping[str, Sizes], catalogue: Mapping[str, DataSet]
-) -> dict[str, Amount]:
-    """Return the bytes that stay on disk, by kind of file; the small ones (logs, tables, compensators) are left out."""
-    found = {name: Amount() for name in ("data sets, unpacked", "prepared tasks", "backbones", "checkpoints")}
-    found["predictions"] = Amount()
-    for name in downloads(study, catalogue):
-        found["data sets, unpacked"].add(catalogue[name].unpacked_bytes)
-    pixels = 3 * study.backbones[0].image_size ** 2
-    for task in study.tasks:
-        splits = sizes[task.name]
-        # Training images that are augmented from files are not decoded beforehand.
-        decoded = splits[1:] if study.finetune_for(task.name).augmentation == "timm" else splits
-        for images in decoded:
-            found["prepared tasks"].add(_times(images, pixels))
-        for checkpoint in study.checkpoints:
-            rows = len(study.compressors) * len(study.backbones)
-            each = _cells(study, checkpoint) * PREDICTION + LABEL
-            found["predictions"].add(_times(splits.test, rows, each))
-    for backbone in study.backbones:
-        weights = models[backbone.name].parameters * FLOAT
-        found["backbones"].add(weights if backbone.is_made else 0)
-        trained = len(study.compressors) * len(study.tasks) * len(study.checkpoints)
-        found["checkpoints"].add(weights * trained)
-    if study.segmentation:
-        _add_segmentation(found, study, models, sizes[study.segmentation.name])
-    return found
-
-
-def _add_segmentation(found: dict[str, Amount], study: Study, models: Mapping[str, Model], sizes: Sizes) -> None:
-    """Add what segmentation leaves on disk; the images of a folder are not decoded beforehand."""
-    wanted = study.segmentation
-    if wanted.data == "scenes":
-        found["prepared tasks"].add(sum(sizes) * (3 + 1) * wanted.image_size**2)  # three channels and a label
-    trained = len(study.compressors) * len(study.checkpoints)
-    cells = len(study.compressors) * sum(_cells(study, checkpoint) for checkpoint in study.checkpoints)
-    for backbone in study.backbones:
-        found["checkpoints"].add(models[backbone.name].segmenter_parameters * FLOAT * trained)
-        # True positives, false positives and false negatives of every class.
-        found["predictions"].add(_times(sizes.test, cells, wanted.n_classes, 3 * COUNT))
-
-
-def _cells(study: Study, checkpoint: Checkpoint) -> int:
-    """Return the number of cells of a checkpoint; one that was trained at random degrees has no compensated ones."""
-    variants = 0 if checkpoint.train_degree == RANDOM else len(study.variants)
-    return len(study.infer_degrees) * (1 + variants)
-
-
-# --- rates ----------------------------------------------------------------------------------------------------------
-
-
-def measured_degrees(work: Sequence[Work]) -> list[int]:
-    """Return the lowest, the middle and the highest degree of some passes."""
-    degrees = [degree for item in work for degree in item.degrees]
-    low, high = min(degrees), max(degrees)
-    return sorted({low, (low + high) // 2, high})
-
-
-def measure_study(
-    study: Study,
-    work: Sequence[Work],
-    models: Mapping[str, Model],
-    device: str,
-    batch_size: int | None,
-    seconds: float,
-) -> list[Rate]:
-    """Measure every rate that a study's plan needs on this machine; see :func:`tocom.rates.measure`.
-
-    Args:
-        batch_size: images a pass; None: see :func:`tocom.rates.default_batch`.
-    """
-    from tocom.models import pick_device
-    from tocom.rates import measure
-    from tocom.training import bar, make_deterministic
-
-    make_deterministic(study.finetune.threads)
-    where = pick_device(device)
-    most = (study.segmentation.train if study.segmentation else study.finetune).batch_size
-    # Backbones that differ in weights alone are measured once.
-    alike: dict[tuple, dict[str, list[Work]]] = defaultdict(lambda: defaultdict(list))
-    for item in work:
-        name = models[item.runs.backbone].label(item.runs.head)
-        alike[name, item.runs._replace(backbone=""), item.precision][item.mode].append(item)
-    wanted = [
-        (next(iter(by_mode.values()))[0], {mode: measured_degrees(items) for mode, items in by_mode.items()})
-        for by_mode in alike.values()
-    ]
-    total = sum(_PASSES[mode] * len(found) for _, degrees in wanted for mode, found in degrees.items())
-    rates = []
-    with bar(None, "measure", total=total) as progress:
-        for item, degrees in wanted:
-            backbone, compressor, image_size, head = item.runs
-            model = models[backbone]
-            rates += measure(
-                model.architecture,
-                degrees,
-                where,
-                batch_size or default_batch(where.type, image_size, most),
-                seconds,
-                kwargs=model.kwargs,
-                image_size=image_size,
-                compressor=compressor,
-                precision=item.precision,
-                proportional_attention=model.proportional_attention,
-                head=head,
-                advance=lambda mode: progress.update(_PASSES[mode]),
-            )
+    alike, rates = {}, {}
+    for item in found:
+        alike.setdefault(item.key, (item, set()))[1].update(item.degrees)
+    for key, (item, degrees) in bar(alike.items(), "measure"):
+        size = max(1, BATCHES[device.type] * 224**2 // item.subject.kwargs["img_size"] ** 2)
+        settings = BenchmarkSettings(batch_size=size, repeats=3, warmup=1, precision=item.precision)
+        times = round_seconds(item.subject, item.work, sorted({min(degrees), max(degrees)}), settings, device)
+        if not times:
+            raise TocomError(f"{size} images of {item.subject.architecture} do not fit into the memory of {device}")
+        rates[key] = {degree: float(np.median(each)) / size for degree, each in times.items()}
     return rates
 
 
-#: What a measurement counts in the time left: training takes about three times as long as a forward pass.
-_PASSES = {"train": 3, "infer": 1}
+def read_rates(path: Path, found: Iterable[Passes]) -> tuple[Rates, str]:
+    """Take the rates of all that is done from a benchmark.csv, of whatever compressor it is; return its device, too.
+
+    Raises:
+        TocomError: the file is no such table, or lacks figures that are needed.
+    """
+    from tocom.stages.benchmark import MEASURED, read_csv
+
+    rows = read_csv(path)
+    rows, rates = rows[rows["status"] == MEASURED], {}
+    for item in found:
+        kwargs, name = item.subject.kwargs, item.subject.architecture.partition(".")[0]
+        alike = (rows["backbone"].str.split(".").str[0] == name) & (rows["image_size"] == kwargs["img_size"])
+        those = rows[alike & (rows["stage"] == item.work)]
+        if those.empty or not kwargs.keys() <= {"img_size", "num_classes"}:
+            raise TocomError(
+                f"{path} has no figures of {item.work} of {name} at {kwargs['img_size']} pixels; measure them there"
+                " (`tocom benchmark`), or leave --rates out"
+            )
+        rates[item.key] = dict(zip(those["degree"], 1 / those["images_per_second"], strict=True))
+    return rates, f"{', '.join(sorted(set(rows['device'])))}, from {path}"
 
 
-# --- output ---------------------------------------------------------------------------------------------------------
+# --- output -----------------------------------------------------------------------------------------------------------
 
 
-def show(result: Plan) -> None:
-    """Print a plan as tables."""
-    from rich.console import Console
-    from rich.table import Table
-
-    def table(title: str, header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-        made = Table(*header[:1], title=title, title_justify="left")
-        for name in header[1:]:
-            made.add_column(name, justify="right")
-        for row in rows:
-            made.add_row(*row)
-        console.print(made)
-
-    console = Console()
-    total = ("together", str(sum(result.jobs.values())))
-    table("Jobs", ("rule", "jobs"), [(rule, str(count)) for rule, count in result.jobs.items()] + [total])
-    stages = [
-        (stage, amount.text("{:,.0f}".format), result.hours[stage].text(hours_text))
-        for stage, amount in result.passes.items()
-    ]
-    together = (total_of(result.passes).text("{:,.0f}".format), total_of(result.hours).text(hours_text))
-    table("Device time", ("stage", "images through a model", "hours"), [*stages, ("together", *together)])
-    kinds = [(kind, amount.text(size_text)) for kind, amount in result.disk.items()]
-    table("Disk", ("files", "size"), [*kinds, ("together", total_of(result.disk).text(size_text))])
-    console.print(f"Rates were measured on: {result.device}", highlight=False)
-    console.print("Hours are of models alone: no start-up, no reading and augmenting of images, no optimizer.")
-    if "segment train" in result.passes:
-        console.print("The segmentation head and the loss of its pixels are timed; counting labelled pixels is not.")
-    if result.unknown:
-        console.print(f"Not known before download or preparation: {', '.join(result.unknown)}", highlight=False)
+def total(values: Iterable[float], show: Callable[[float], str]) -> str:
+    """Return a sum for people, which says if parts of it are not known."""
+    values = list(values)
+    known = [value for value in values if not math.isnan(value)]
+    text = show(sum(known))
+    return text if len(known) == len(values) else f"{text} + unknown" if sum(known) else "unknown"
 
 
-def total_of(amounts: Mapping[str, Amount]) -> Amount:
-    """Return the sum of some amounts."""
-    return Amount(sum(a.known for a in amounts.values()), all(a.whole for a in amounts.values()))
+def _hours_text(value: float) -> str:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def hours_text(hours: float) -> str:
-    """Return hours with as many digits as they deserve."""
-    return f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}"
+def show_plan(configs: Sequence[Path], rates: Path | None, device: str | None) -> None:
+    """Print what some studies will take together, from nothing; see `tocom plan`."""
+    from tocom.stages.throughput import device_if_present, device_name
+    from tocom.training import make_deterministic
 
-
-def plan_command(
-    config: Annotated[Path, typer.Argument(help="A study's config.")],
-    rates: Annotated[
-        Optional[Path], typer.Option(help="CSV that --save-rates wrote on the machine that will run it.")
-    ] = None,
-    save_rates: Annotated[Optional[Path], typer.Option(help="CSV to write the measured rates to.")] = None,
-    device: Annotated[str, typer.Option(help="Device to measure on: auto, cpu, cuda or cuda:N.")] = "auto",
-    batch_size: Annotated[
-        Optional[int],
-        typer.Option(
-            min=1, help="Images a pass while measuring; by default 32 of 224 x 224 pixels on a GPU, 2 on a CPU."
-        ),
-    ] = None,
-    seconds: Annotated[
-        float, typer.Option(min=0, help="How long each model, degree and mode is measured, at least once.")
-    ] = 2.0,
-) -> None:
-    """Print the jobs, hours and disk space that a study will take, from rates measured now or read from a file."""
-    from tocom.rates import read_rates, write_rates
-
-    if rates is not None and save_rates is not None:
-        raise TocomError("--rates reads what --save-rates measures; give one of them")
-    study, catalogue = read_study(config), read_catalogue()
-    models = {backbone.name: describe(backbone, study.segmentation) for backbone in study.backbones}
-    sizes = {task.name: task_sizes(study, task, catalogue) for task in study.tasks}
-    if study.segmentation:
-        sizes[study.segmentation.name] = segmentation_sizes(study, catalogue)
-    images = {name: distillation_images(name, study.data.root, catalogue) for name in images_of(study)}
+    plan = Plan.of({"configs": [path for file in configs for path in read_config(file).get("configs", [file])]})
+    sizes = {(name, task): sizes_of(study, task) for name, study in plan.studies.items() for task in study.task_names}
+    found = list(passes(plan, sizes))
     if rates is not None:
-        known = read_rates(rates)
+        known, where = read_rates(rates, found)
     else:
-        _warn_of_a_processor(study, device)
-        known = measure_study(study, works(study, sizes, images), models, device, batch_size, seconds)
-    if save_rates is not None:
-        write_rates(known, save_rates)
-    show(plan(study, Rates(known), models, sizes, images, catalogue))
-
-
-def _warn_of_a_processor(study: Study, device: str) -> None:
-    """Say so before minutes go by if a study for a GPU is measured without one."""
-    from tocom.models import pick_device
-
-    if pick_device(device).type == "cpu" and study.distil.device.startswith("cuda"):
-        print(
-            "This study is for a GPU, but the hours will be those of this CPU. Measure with --save-rates on the machine"
-            " that will run it, and give that file to --rates here.",
-            file=sys.stderr,
-        )
+        first = next(iter(plan.studies.values()))
+        recipe = first.finetune_for(first.task_names[0])
+        make_deterministic(recipe.threads)
+        chosen = device_if_present(device or recipe.device)
+        if chosen is None:
+            say("torch sees no GPU: the hours are those of this processor; --rates takes figures of another machine")
+        chosen = chosen or device_if_present("cpu")
+        known, where = measured(found, chosen), device_name(chosen)
+    jobs = jobs_by_rule(plan)
+    table(("rule", "jobs"), [(rule, str(n)) for rule, n in (jobs | {"together": sum(jobs.values())}).items()])
+    rows = []
+    for stage in [*dict.fromkeys(item.stage for item in found), "together"]:
+        items = [item for item in found if stage in (item.stage, "together")]
+        kinds = ([i.images for i in items if (i.work == "evaluation") is infer] for infer in (False, True))
+        images = [total(kind, "{:,.0f}".format) for kind in kinds]
+        rows.append((stage, *images, total((hours(item, known) for item in items), _hours_text)))
+    table(("stage", "training images", "inference images", "hours"), rows)
+    table(("files", "size"), [(kind, total(each, size_text)) for kind, each in disk(plan, sizes).items()])
+    trained, cells = (sum(map(count, plan.studies.values())) for count in (checkpoints_of, cells_of))
+    print(f"{trained:,} checkpoints, {cells:,} cells. Hours are those of {where}, of models alone: no start-up, no")
+    print("reading of images. Data sets that are not there count as the catalogue states.")
+    if unknown := sorted({task for (_, task), each in sizes.items() if any(map(math.isnan, each.values()))}):
+        print(f"Not known before they are downloaded or prepared: {', '.join(unknown)}.")

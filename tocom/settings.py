@@ -6,21 +6,15 @@ workflow with thousands of jobs is planned quickly.
 
 from __future__ import annotations
 
-import json
-from typing import Annotated, Any, ClassVar, Literal
+import reprlib
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tocom.errors import TocomError, suggest
 
-#: The train degree of the rival that draws a new degree for every step.
-RANDOM = "random"
-#: The variant of ToCom that a study has unless it names its own.
-TOCOM = "tocom"
-#: The compensator of a cell without one.
+#: What stands where there is no compensator, and for adding no gap.
 PLAIN = "none"
-#: How a row of the transfer says that no gap was added.
-NO_GAP = "none"
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -29,8 +23,6 @@ class Settings(BaseModel):
     """Base of all settings: unknown keys are errors, values cannot be changed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-    #: Settings that say how the work is done; the result does not depend on them.
-    HOW: ClassVar[frozenset[str]] = frozenset()
 
     @classmethod
     def meaning(cls, name: str) -> str:
@@ -39,28 +31,16 @@ class Settings(BaseModel):
         return next((field.description for field in fields if field.description), "")
 
     def recipe(self) -> dict[str, Any]:
-        """Return what the result depends on, as JSON."""
-        return self.model_dump(mode="json", exclude=set(self.HOW))
+        """Return all settings as JSON-able values."""
+        return self.model_dump(mode="json")
 
-    def options(self) -> str:
-        """Return what the result depends on as ``--set key=value`` options, for a shell command that shows it."""
-        return _as_options(self.recipe())
-
-    def how_options(self) -> str:
-        """Return the other settings as such options."""
-        return _as_options(self.model_dump(mode="json", include=set(self.HOW)))
-
-
-def _as_options(values: dict[str, Any]) -> str:
-    import shlex
-
-    return " ".join(f"--set {shlex.quote(f'{key}={json.dumps(value)}')}" for key, value in values.items())
+    def differing(self) -> dict[str, Any]:
+        """Return, as JSON-able values, the settings that differ from their defaults."""
+        return self.model_dump(mode="json", exclude_defaults=True)
 
 
 class Optimisation(Settings):
     """Settings that all training stages share."""
-
-    HOW: ClassVar[frozenset[str]] = frozenset({"workers", "save_every", "keep_states"})
 
     epochs: Positive = Field(10, description="passes over the training images")
     batch_size: Positive = Field(64, description="images a step, over all processes")
@@ -74,6 +54,11 @@ class Optimisation(Settings):
     lr: float = Field(5e-4, gt=0, description="peak learning rate")
     lr_batch: Positive | None = Field(None, description="if set, lr is for this batch size and scaled linearly")
     min_lr: float = Field(1e-5, ge=0, description="learning rate at the end of the cosine")
+    schedule: Literal["step", "epoch"] = Field(
+        "step",
+        description="step: the learning rate changes at every step; epoch: after every epoch, and one epoch late, as in"
+        " the public code (the rate of the first epoch holds for two)",
+    )
     warmup_epochs: Annotated[int, Field(ge=0)] = Field(0, description="epochs of linear warm-up")
     weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay")
     drop_path: Fraction = Field(0.0, description="stochastic depth rate while training")
@@ -86,11 +71,6 @@ class Optimisation(Settings):
     deterministic: bool = Field(
         True, description="refuse GPU operations whose results vary from run to run; false: warn only"
     )
-    save_every: Positive | None = Field(
-        None, description="steps between two saved states, besides those at the end of every epoch"
-    )
-    keep_states: Positive = Field(1, description="saved states to keep; one that cannot be read gives way to an older")
-    workers: Annotated[int, Field(ge=0)] = Field(0, description="processes that decode and augment images")
     threads: Positive = Field(1, description="torch CPU threads; part of the recipe, since sums depend on it")
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
 
@@ -145,53 +125,49 @@ class PretrainSettings(Optimisation):
     held_out: Positive = Field(2_000, description="images for the accuracies on the model card")
 
 
-class TuningSettings(Settings):
-    """What of a model is trained; adapters and LoRA leave the backbone's own weights frozen."""
-
-    mode: Literal["full", "head", "adaptformer", "lora", "none"] = Field(
-        "full", description="full, head (linear probe), adaptformer, lora, or none (a fine-tuned model as it is)"
-    )
-    adapter_width: Positive = Field(8, description="AdaptFormer: width of the bottleneck (8 is usual for VTAB-1k)")
-    adapter_scale: float = Field(0.1, gt=0, description="AdaptFormer: factor on the bottleneck's output")
-    adapter_dropout: Fraction = Field(0.1, description="AdaptFormer: dropout on the bottleneck while training")
-    lora_rank: Positive = Field(8, description="LoRA: rank of the update")
-    lora_alpha: float = Field(8.0, gt=0, description="LoRA: the update is scaled by lora_alpha / lora_rank")
-    lora_targets: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        ("attn.qkv",), description="LoRA: linear layers of a block that are updated (attn.qkv, attn.proj, mlp.fc1, ...)"
-    )
-
-
 class FinetuneSettings(Augmentation, Optimisation):
     """How a backbone is fine-tuned for one task at one train degree."""
 
     augmentation: Literal["none", "shift", "timm"] = "shift"
     label_smoothing: Fraction = Field(0.1, description="label smoothing of the cross-entropy")
-    tuning: TuningSettings = Field(TuningSettings(), description="which weights are trained")
 
 
-class DistilSettings(Augmentation, Optimisation):
-    """How ToCom is distilled on the pre-trained backbone."""
+class SegmentSettings(Optimisation):
+    """How a backbone and its head are fine-tuned to segment images at one train degree."""
+
+    # torch has no deterministic cross-entropy of images (nll_loss2d) on a GPU.
+    deterministic: bool = Field(
+        False,
+        description="refuse GPU operations whose results vary from run to run, which the loss of pixels (nll_loss2d) is"
+        " one of, so true works on a CPU alone; false: warn only",
+    )
+    head: Literal["linear", "conv"] = Field(
+        "linear", description="a 1 x 1 convolution; or a 3 x 3 one, group norm and GELU before it"
+    )
+    min_scale: float = Field(0.5, gt=0, description="augmentation: smallest factor on the size of an image")
+    max_scale: float = Field(2.0, gt=0, description="augmentation: largest factor on the size of an image")
+    horizontal_flip: Fraction = Field(0.5, description="augmentation: probability of a horizontal flip")
+
+    @model_validator(mode="after")
+    def _scales_are_ordered(self):
+        if self.min_scale > self.max_scale:
+            raise ValueError(f"min_scale {self.min_scale} is above max_scale {self.max_scale}; swap them")
+        return self
+
+
+class LearnSettings(Augmentation, Optimisation):
+    """How a part is learned on the pre-trained backbone, once for all tasks."""
 
     epochs: Positive = 6
     batch_size: Positive = 96
     lr: float = Field(5e-3, gt=0)
-    rank: Positive = Field(2, description="rank of one step's update")
-    projections: tuple[Literal["q", "k", "v"], ...] = Field(
-        ("q", "v"), min_length=1, description="projections of the attention that are updated"
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of its initial weights and of training")
+    source: str | None = Field(
+        None, description="folder of images, or data set (imagenet1k); null: what the backbone was pre-trained on"
     )
-    step: Positive = Field(1, description="degrees that one update spans")
-    trained_scale: float = Field(1.0, gt=0, description="factor on the update while it is distilled")
-    dropout: Fraction = Field(0.1, description="dropout on the bottleneck")
     images: Positive | None = Field(20_000, description="pre-training images to use; null: all")
     held_out: Positive = Field(1_000, description="further images, to choose the best epoch on")
-    pairs: Positive = Field(48, description="held-out (source, target) pairs that the best epoch is chosen on")
-
-    @field_validator("projections")
-    @classmethod
-    def _each_once(cls, value):
-        if len(set(value)) < len(value):
-            raise ValueError(f"projections lists something twice: {', '.join(value)}")
-        return value
+    pairs: Positive = Field(48, description="held-out (source, target) pairs of degrees to choose the best epoch on")
 
 
 class EvaluateSettings(Settings):
@@ -199,10 +175,11 @@ class EvaluateSettings(Settings):
 
     scales: tuple[Annotated[float, Field(ge=0)], ...] = Field(
         (0.0, 0.25, 0.5, 0.75, 1.0, 1.25),
-        description="candidate ToCom scales, as multiples of the trained scale; 0 declines and has to be among them",
+        description="candidate scales of a compensator, as multiples of the one it was learned at; 0 declines and has"
+        " to be among them",
     )
-    select_by: Literal["accuracy", "loss"] = Field(
-        "accuracy", description="validation figure that the scale is chosen by; ties in accuracy go to the lower loss"
+    select_by: Literal["score", "loss"] = Field(
+        "score", description="validation figure that the scale is chosen by; ties in the score go to the lower loss"
     )
     may_decline: bool = Field(True, description="whether 0 is among the scales; false only to study a fixed scale")
     batch_size: Positive = Field(250, description="images a forward pass")
@@ -213,7 +190,7 @@ class EvaluateSettings(Settings):
     @model_validator(mode="after")
     def _can_decline(self):
         if self.may_decline and 0 not in self.scales:
-            raise ValueError("0 must be among the scales, so that ToCom can decline (or set may_decline: false)")
+            raise ValueError("0 must be among the scales, so that one can decline (or set may_decline: false)")
         if not self.scales:
             raise ValueError("scales is empty; give at least one")
         return self
@@ -243,6 +220,37 @@ class BenchmarkSettings(Settings):
     device: str = Field("cuda", description="auto, cpu, cuda or cuda:N")
 
 
+#: pydantic's types of errors -> our words for them.
+_WORDS = {
+    "greater_than_equal": "give {ge} or more",
+    "greater_than": "give more than {gt}",
+    "less_than_equal": "give {le} or less",
+    "less_than": "give less than {lt}",
+    "literal_error": "give {expected}",
+    "int_parsing": "give a whole number",
+    "int_type": "give a whole number",
+    "int_from_float": "give a whole number",
+    "float_parsing": "give a number",
+    "float_type": "give a number",
+    "finite_number": "give a finite number",
+    "string_type": "give a text",
+    "bool_parsing": "give true or false",
+    "bool_type": "give true or false",
+    "dict_type": "give a mapping",
+    "model_type": "give a mapping",
+    "tuple_type": "give a list",
+    "too_short": "give at least {min_length}",
+}
+
+
+def shortened(value: Any, width: int = 100) -> str:
+    """Return a value as a message can show it."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxother = 2, width, width
+    text = short.repr(value)
+    return text if len(text) <= width else text[: width - 3] + "..."
+
+
 def explain(error: ValidationError, where: str, known: dict[str, type[BaseModel]] | None = None) -> TocomError:
     """Turn pydantic's report into one line: the place, the value, what is wrong, and a likely correction."""
     problems = []
@@ -256,37 +264,19 @@ def explain(error: ValidationError, where: str, known: dict[str, type[BaseModel]
         elif item["type"] == "missing":
             problems.append(f"key {place!r} is missing")
         else:
-            message = item["msg"].removeprefix("Value error, ")
-            problems.append(f"{place or 'the config'} = {item['input']!r}: {message}" if place else message)
+            message = _WORDS.get(item["type"], "{msg}").format(msg=item["msg"], **item.get("ctx", {}))
+            message = message.removeprefix("Value error, ")
+            problems.append(f"{place} = {shortened(item['input'])}: {message}" if place else message)
     return TocomError(f"{where}: " + "; ".join(problems))
-
-
-def parse(kind: type[Settings], pairs: list[str]) -> Settings:
-    """Build settings from ``key=value`` strings; values are JSON, or plain text where that fails.
-
-    Raises:
-        TocomError: an unknown key, or a value of the wrong type or out of range.
-    """
-    values = {}
-    for pair in pairs:
-        key, separator, text = pair.partition("=")
-        if not separator:
-            raise TocomError(f"--set {pair!r}: write key=value, for example --set epochs=5")
-        try:
-            values[key] = json.loads(text)
-        except json.JSONDecodeError:
-            values[key] = text
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        raise explain(error, "--set", {"": kind}) from None
 
 
 #: Stage (and section of a config) -> its settings.
 STAGES: dict[str, type[Settings]] = {
     "pretrain": PretrainSettings,
+    "learn": LearnSettings,
     "finetune": FinetuneSettings,
-    "distil": DistilSettings,
+    "finetune.segment": SegmentSettings,
     "evaluate": EvaluateSettings,
     "throughput": ThroughputSettings,
+    "benchmark": BenchmarkSettings,
 }

@@ -25,8 +25,10 @@ from tocom.errors import TocomError, suggest
 from tocom.files import atomic
 from tocom.seeds import random_state, seed_everything, set_random_state
 from tocom.settings import Optimisation
-from tocom.timing import counting_files
 
+#: Seconds of training after which the state is saved within an epoch, too; and how many states are kept, of which one
+#: that cannot be read gives way to an older.
+SAVE_SECONDS, KEEP_STATES = 600.0, 2
 #: Settings' names of the autocast types.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 #: Values of CUBLAS_WORKSPACE_CONFIG with which cuBLAS repeats its results, says NVIDIA.
@@ -90,11 +92,16 @@ def random_shift(images: Tensor, pixels: int) -> Tensor:
     return padded[first, channels, rows, columns]
 
 
-def bar(items: Iterable, title: str, total: int | None = None) -> tqdm:
-    """Show progress with the time left; in a log file, one update every few seconds; on the main process alone."""
+def bar(items: Iterable, title: str, total: int | None = None, done: int = 0) -> tqdm:
+    """Show progress with the time left; in a log file, one update every few seconds; on the main process alone.
+
+    Args:
+        done: steps of an earlier run, which count for progress but not for the rate.
+    """
     interval = 0.2 if sys.stderr.isatty() else 10
     hidden = not distributed.is_main()
-    return tqdm(items, desc=title, total=total, mininterval=interval, dynamic_ncols=True, disable=hidden)
+    options = {"initial": done, "mininterval": interval, "dynamic_ncols": True, "disable": hidden}
+    return tqdm(items, desc=title, total=total, **options)
 
 
 def autocast(precision: str, device: torch.device):
@@ -191,8 +198,8 @@ def fit(
         drop_last: leave out the partial batch at the end of an epoch.
 
     Returns:
-        ``{"best_epoch": ..., "score": [...], "losses": [...], "seconds": ...}``; epochs count from 1, seconds
-        include those before an interruption.
+        ``best_epoch`` (from 1), ``score`` of it, ``losses`` by epoch, ``seconds`` (those before an interruption
+        included) and ``epochs``: a row for each, with loss, held-out figures, learning rate (at its end) and seconds.
 
     Raises:
         TocomError: the loss or a held-out figure is NaN or infinite (no state is left to resume from), there are too
@@ -204,8 +211,7 @@ def fit(
     processes = distributed.world_size() if settings.micro_batch_size is None else None
     fingerprint = [title, seed, n_images, settings.recipe(), identity, processes]
     trainer.load(json.dumps(fingerprint, sort_keys=True))
-    with bar(None, title, total=trainer.per_epoch * settings.epochs) as progress:
-        progress.update(trainer.steps_done)
+    with bar(None, title, total=trainer.per_epoch * settings.epochs, done=trainer.steps_done) as progress:
         while trainer.epoch < settings.epochs:
             module.train()
             trainer.run_epoch(step, begin, feed, seed, progress)
@@ -215,7 +221,7 @@ def fit(
             last = trainer.state
             progress.set_postfix(loss=f"{last['losses'][-1]:.3f}", held_out=f"{last['latest'][0]:.3f}", refresh=False)
     _copy_into(trainer.parameters, trainer.state["best"])
-    return {key: trainer.state[key] for key in ("best_epoch", "score", "losses", "seconds")}
+    return {key: trainer.state[key] for key in ("best_epoch", "score", "losses", "seconds", "epochs")}
 
 
 class _Trainer:
@@ -239,7 +245,7 @@ class _Trainer:
             warmup_epochs=settings.warmup_epochs,
             warmup_lr=settings.peak_lr / 1000,
             min_lr=min(settings.min_lr, settings.peak_lr),
-            step_on_epochs=False,
+            step_on_epochs=settings.schedule == "epoch",
             updates_per_epoch=self.per_epoch,
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=settings.precision == "fp16")
@@ -247,9 +253,9 @@ class _Trainer:
         self.trained = nn.ParameterList(self.parameters.values())
         self.average = ModelEmaV3(self.trained, decay=settings.ema) if settings.ema else None
         self.state = {"epoch": 0, "step": 0, "total": 0.0, "best": None, "best_epoch": 0, "score": [], "losses": []}
-        self.state |= {"seconds": 0.0, "random": None, "latest": []}
+        self.state |= {"seconds": 0.0, "random": None, "latest": [], "epochs": []}
         self.fingerprint = ""
-        self.started = time.monotonic()
+        self.started = self.saved = time.monotonic()
 
     @property
     def epoch(self) -> int:
@@ -267,7 +273,10 @@ class _Trainer:
         """Do the steps of the present epoch that are still to be done."""
         epoch, start = self.epoch, self.state["step"]
         seed_everything(seed, "epoch", epoch)
-        self.scheduler.step_update(epoch * self.per_epoch + start)
+        if self.settings.schedule == "epoch":
+            self.scheduler.step(max(epoch - 1, 0))
+        else:
+            self.scheduler.step_update(epoch * self.per_epoch + start)
         batches = torch.randperm(self.n_images).split(self.settings.batch_size)[: self.per_epoch]
         processes, rank = distributed.world_size(), distributed.rank()
         plan = [[(k, piece) for k, piece in enumerate(pieces_of(batch, self.settings, processes))] for batch in batches]
@@ -302,14 +311,20 @@ class _Trainer:
             nn.utils.clip_grad_norm_(parameters, self.settings.clip_grad)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.scheduler.step_update(self.epoch * self.per_epoch + number + 1)
+        if self.settings.schedule == "step":
+            self.scheduler.step_update(self.epoch * self.per_epoch + number + 1)
         if self.average is not None:
             self.average.update(self.trained)
         self.state["total"] += loss * n_images
         self.state["step"] = number + 1
-        every = self.settings.save_every
-        if every and (number + 1) % every == 0 and number + 1 < self.per_epoch:
+        if time.monotonic() - self.saved >= SAVE_SECONDS and number + 1 < self.per_epoch:
             self.save()
+
+    def _figures(self, figures: list[float]) -> dict[str, float]:
+        """Return what the curve of a training says of the present epoch."""
+        held_out = dict(zip(("held_out", "minus_loss"), figures, strict=False))
+        rate, seconds = self.optimizer.param_groups[0]["lr"], round(time.monotonic() - self.started, 3)
+        return {"epoch": self.epoch + 1, "loss": self.state["losses"][-1], **held_out, "lr": rate, "seconds": seconds}
 
     def end_epoch(self, figures: list[float]) -> None:
         """Record an epoch whose held-out figures are given; keep its parameters if they are the best so far."""
@@ -318,6 +333,7 @@ class _Trainer:
         state = self.state
         seen = min(self.n_images, self.per_epoch * self.settings.batch_size)
         state["losses"].append(state["total"] / seen)
+        state["epochs"].append(self._figures(figures))
         if not state["score"] or tuple(figures) > tuple(state["score"]):
             state |= {"score": figures, "best_epoch": self.epoch + 1, "best": _copies(self.parameters)}
         state |= {"epoch": self.epoch + 1, "step": 0, "total": 0.0, "latest": figures}
@@ -352,7 +368,8 @@ class _Trainer:
         Raises:
             TocomError: the disk is full; the states that were there stay.
         """
-        self.state["seconds"] = time.monotonic() - self.started
+        self.saved = time.monotonic()
+        self.state["seconds"] = self.saved - self.started
         if self.resume is None or not distributed.is_main():
             return
         saved = self.state | {
@@ -365,19 +382,19 @@ class _Trainer:
             "average": None if self.average is None else self.average.state_dict(),
         }
         _remove(torn(self.resume))
-        with counting_files(), atomic(self.resume) as temporary:
+        with atomic(self.resume) as temporary:
             _write_state(saved, temporary)
-            for number in range(self.settings.keep_states - 1, 0, -1):
+            for number in range(KEEP_STATES - 1, 0, -1):
                 older = numbered(self.resume, number - 1)
                 if older.exists():
                     older.replace(numbered(self.resume, number))
-        _remove(states(self.resume)[self.settings.keep_states :])  # those of a run that kept more
 
     def load(self, fingerprint: str) -> None:
         """Go on from the newest state that can be read and was left by a run with the same ``fingerprint``."""
         self.fingerprint = fingerprint
         distributed.broadcast(self.parameters.values())
-        saved = next(filter(None, (_read_state(path, fingerprint) for path in states(self.resume))), None)
+        read = ((path, _read_state(path, fingerprint)) for path in states(self.resume))
+        path, saved = next((found for found in read if found[1] is not None), (None, None))
         if len(set(distributed.gather([None if saved is None else (saved["epoch"], saved["step"])]))) > 1:
             raise TocomError(
                 f"{self.title}: not every process can read the same saved state; put {self.resume.parent} on a file"
@@ -393,6 +410,11 @@ class _Trainer:
             self.average.load_state_dict(saved["average"])
         self.state = {key: saved[key] for key in self.state}
         self.started = time.monotonic() - saved["seconds"]
+        if distributed.is_main():  # tocom.console shows this, too
+            when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(path.stat().st_mtime))
+            step = f" and {self.state['step']} of {self.per_epoch} steps" if self.state["step"] else ""
+            of = f"epoch {self.epoch} of {self.settings.epochs}{step}, saved {when}"
+            print(f"{self.title} goes on after {of}", file=sys.stderr, flush=True)
 
 
 def make_optimizer(module: nn.Module, settings: Optimisation) -> torch.optim.Optimizer:

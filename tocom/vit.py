@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import timm.models.vision_transformer as timm_vit
 import torch
 from timm.layers import Attention as TimmAttention
 from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
-from tocom.compensator import QKV, Compensator, Folding, active
-from tocom.compress import Attention, Compressor, make_compressor
-from tocom.degrees import Degree, counts, token_counts
+from tocom.degrees import Degree
 from tocom.errors import TocomError
+from tocom.folding import Folding
+from tocom.methods import DEFAULTS
+from tocom.parts import Attention, Compensator, Compressor, Shape, Tokens, make_part
 
 _POOLS = ("token", "avg", "")
 
@@ -26,10 +30,11 @@ class CompressedViT(nn.Module):
     Args:
         model: a ``timm.models.vision_transformer.VisionTransformer`` (ViT, DeiT, distilled DeiT; class token or
             average pooling; LayerScale, q/k norm, register tokens).
-        compressor: a name from :data:`tocom.compress.COMPRESSORS` or a Compressor.
+        compressor: a name that `tocom methods` lists, or a mapping with its ``kind`` and options, or a Compressor.
         degree: the degree it runs at, which is taken as the source degree: the one it was trained at.
         proportional_attention: add log(token size) to the attention logits (ToMe, section 3). The ToMe paper
             turns it off for MAE models that are evaluated off the shelf.
+        max_degree: highest degree that a compressor with parameters has them for.
 
     Raises:
         TocomError: the model has a part that compression or folding cannot handle; the message names it.
@@ -38,23 +43,32 @@ class CompressedViT(nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        compressor: str | Compressor = "tome",
+        compressor: str | dict[str, Any] | Compressor = DEFAULTS["compressor"],
         degree: Degree = 0,
         proportional_attention: bool = True,
+        max_degree: int = 0,
     ):
         super().__init__()
         self.model = model
-        self.compressor = make_compressor(compressor) if isinstance(compressor, str) else compressor
+        _check_supported(model)
+        self.compressor: Compressor = make_part("compressor", compressor, Shape.of(model), max_degree)
+        if self.compressor.needs_class_token and not model.has_class_token:
+            raise TocomError(
+                f"{self.compressor.title} ranks tokens by class attention, but the model has no class token; use"
+                " another compressor"
+            )
         self.proportional_attention = proportional_attention
-        _check_supported(model, self.compressor)
         self.prefix = model.num_prefix_tokens
         self.depth = len(model.blocks)
         self.source_degree = degree
         self.compensator: Compensator | None = None
         self.scale = 0.0
         self._folding: Folding | None = None
-        self._live: tuple[Compensator, Tensor, int] | None = None
         self._set_counts(degree)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the parameters that timm's optimizers are not to decay, those of the ViT that says so itself."""
+        return {f"model.{name}" for name in self.model.no_weight_decay()}
 
     # --- degree and compensator -----------------------------------------------------------------------------
 
@@ -64,7 +78,7 @@ class CompressedViT(nn.Module):
         return self._degree
 
     def _set_counts(self, degree: Degree) -> None:
-        self._counts = counts(degree, self.depth)
+        self._counts = self.compressor.counts(degree, self.depth)
         self._degree = degree
 
     def attach(self, compensator: Compensator, scale: float | None = None) -> CompressedViT:
@@ -80,12 +94,12 @@ class CompressedViT(nn.Module):
             TocomError: it was made for another architecture, another compressor or lower degrees; the model then
                 stays as it was.
         """
-        compensator.check_fits(self.model, self.compressor.name)
-        update = compensator.update(counts(self.source_degree, self.depth), self._counts)
+        compensator.check_fits(self)
+        deltas = compensator.deltas(self.source_degree, self._degree)
         self.detach()
         object.__setattr__(self, "compensator", compensator)  # past nn.Module, which would make it a submodule
         self.scale = compensator.trained_scale if scale is None else scale
-        self._folding = Folding.apply(self.model, update, self.scale, compensator.projections)
+        self._folding = Folding.apply(self.model, deltas, self.scale)
         return self
 
     def detach(self) -> CompressedViT:
@@ -105,11 +119,11 @@ class CompressedViT(nn.Module):
                 stays as it was.
         """
         scale = self.scale if scale is None else scale
-        needed = counts(degree, self.depth)
+        self.compressor.counts(degree, self.depth)  # refuses what is malformed before anything is changed
         if self.compensator is not None:
-            update = self.compensator.update(counts(self.source_degree, self.depth), needed)
+            deltas = self.compensator.deltas(self.source_degree, degree)
             self._unfold()
-            self._folding = Folding.apply(self.model, update, scale, self.compensator.projections)
+            self._folding = Folding.apply(self.model, deltas, scale)
             self.scale = scale
         self._set_counts(degree)
         return self
@@ -118,21 +132,6 @@ class CompressedViT(nn.Module):
         if self._folding is not None:
             self._folding.undo()
             self._folding = None
-
-    def set_live_update(
-        self, compensator: Compensator | None, coefficients: Tensor | None = None, whole: bool = False
-    ) -> None:
-        """Compute the compensator beside the frozen weights, so that it can be trained.
-
-        Args:
-            coefficients: coefficient of every update [steps], from :meth:`Compensator.coefficients`.
-            whole: compute the updates whose coefficient is 0, too. That costs a little, but the shapes no longer
-                depend on the source degree: torch.compile makes one program a degree, not one for every pair.
-        """
-        if compensator is None:
-            self._live = None
-        else:
-            self._live = (compensator, coefficients, 0) if whole else (compensator, *active(coefficients))
 
     # --- forward --------------------------------------------------------------------------------------------
 
@@ -144,36 +143,35 @@ class CompressedViT(nn.Module):
         """Return the final tokens [B, N', D] and their sizes [B, N', 1] (None while all are 1)."""
         model = self.model
         x = model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
-        size = None
+        tokens = Tokens(x, None, 0, 0, self.prefix)
         for index, (block, count) in enumerate(zip(model.blocks, self._counts, strict=True)):
-            x, size = self._block(index, block, x, size, count)
-        return model.norm(x), size
+            tokens = replace(tokens, block=index, count=count)
+            if self.training and model.grad_checkpointing:
+                tokens = checkpoint(self._block, block, tokens, use_reentrant=False)
+            else:
+                tokens = self._block(block, tokens)
+        return model.norm(tokens.x), tokens.size
 
-    def _block(self, index: int, block: nn.Module, x: Tensor, size: Tensor | None, count: int):
-        attended, attention = self._attend(index, block.attn, block.norm1(x), size)
-        x = x + block.drop_path1(block.ls1(attended))
+    def _block(self, block: nn.Module, tokens: Tokens) -> Tokens:
+        attended, attention = self._attend(block.attn, block.norm1(tokens.x), tokens)
+        tokens = tokens.now(tokens.x + block.drop_path1(block.ls1(attended)), tokens.size)
 
-        def mlp(tokens: Tensor) -> Tensor:
-            return block.drop_path2(block.ls2(block.mlp(block.norm2(tokens))))
+        def mlp(x: Tensor) -> Tensor:
+            return block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
 
-        return self.compressor.around_mlp(x, size, count, attention, mlp)
+        return self.compressor.around_mlp(tokens, attention, mlp)
 
-    def _attend(self, index: int, attn: nn.Module, x: Tensor, size: Tensor | None) -> tuple[Tensor, Attention]:
-        batch, n_tokens, _ = x.shape
-        parts = dict(zip(QKV, attn.qkv(x).chunk(3, dim=-1), strict=True))
-        if self._live is not None:
-            compensator, coefficients, first = self._live
-            for name, change in compensator(index, x, coefficients, first).items():
-                parts[name] = parts[name] + change
-        shape = batch, n_tokens, attn.num_heads, attn.head_dim
-        q, k, v = (part.view(shape).transpose(1, 2) for part in parts.values())
+    def _attend(self, attn: nn.Module, x: Tensor, tokens: Tokens) -> tuple[Tensor, Attention]:
+        q, k, v = self.compressor.project(attn, x, tokens)
         q, k = attn.q_norm(q), attn.k_norm(k)
+        size = tokens.size
         bias = size.log().transpose(1, 2).unsqueeze(1) if size is not None and self.proportional_attention else None
-        y = F.scaled_dot_product_attention(q, k, v, bias, dropout_p=attn.attn_drop.p if attn.training else 0.0)
-        y = attn.norm(y.transpose(1, 2).reshape(batch, n_tokens, attn.attn_dim))
+        attention = Attention(q, k, v, attn.scale, bias, attn.attn_drop.p if attn.training else 0.0)
+        y = self.compressor.mix(attention, tokens)
+        y = attn.norm(y.transpose(1, 2).reshape(*x.shape[:2], attn.attn_dim))
         if attn.gate is not None:
             y = y * attn.gate(x).sigmoid()
-        return attn.proj_drop(attn.proj(y)), Attention(q, k, attn.scale, bias, self.prefix)
+        return attn.proj_drop(attn.proj(y)), attention
 
     def forward_head(self, x: Tensor, size: Tensor | None = None) -> Tensor:
         """Pool and classify tokens [B, N, D] -> [B, classes]; averages are weighted by token size."""
@@ -188,11 +186,10 @@ class CompressedViT(nn.Module):
     def tokens(self) -> tuple[int, ...]:
         """Return the number of tokens after each block at the present degree and the model's own input size."""
         n_tokens = self.model.patch_embed.num_patches + self.prefix
-        removed = 0 if self.compressor.restores else self._counts
-        return token_counts(removed, self.depth, n_tokens, self.prefix)
+        return self.compressor.token_counts(self._degree, self.depth, n_tokens, self.prefix)
 
 
-def _check_supported(model: nn.Module, compressor: Compressor) -> None:
+def _check_supported(model: nn.Module) -> None:
     """Refuse, by name, every part that this forward pass would silently get wrong."""
 
     def refuse(what: str) -> None:
@@ -212,10 +209,6 @@ def _check_supported(model: nn.Module, compressor: Compressor) -> None:
             refuse(f"blocks of type {type(block).__name__}")
         if type(block.attn) is not TimmAttention:
             refuse(f"attention of type {type(block.attn).__name__}")
-    if compressor.needs_class_token and not model.has_class_token:
-        raise TocomError(
-            f"{compressor.name} ranks tokens by class attention, but the model has no class token; use tome"
-        )
 
 
 @torch.no_grad()

@@ -1,23 +1,69 @@
-"""A study of made-up predictions whose accuracies are known, through the real code from predictions to tables."""
+"""Studies of made-up predictions whose scores are known, through the real code from predictions to tables."""
 
+import json
 from itertools import product
 
 import numpy as np
+import pandas as pd
 
-from tocom.analysis import significance
-from tocom.analysis.cells import correctness, gather, prediction_file, read_cells, write_rows
+from tocom.analysis import cells, compare
 from tocom.files import save_arrays
+from tocom.study import read_study
 
 N = 400
 SEEDS = (0, 1, 2)
 DEGREES = (0, 4, 12)
 #: Share of test images that a model trained at m and run at n gets right; ToCom adds to it where it drops.
-PLAIN = {0: {0: 0.96, 4: 0.96, 12: 0.80}, 12: {0: 0.90, 4: 0.91, 12: 0.92}}
-GAIN = {(0, 12): 0.06, (12, 0): 0.02}
-#: What timm calls the backbones, as far as it has them.
+PLAIN = {"0": {0: 0.96, 4: 0.96, 12: 0.80}, "12": {0: 0.90, 4: 0.91, 12: 0.92}}
+RANDOM = 0.90
+GAIN = {("0", 12): 0.06, ("12", 0): 0.02}
+#: How much of the gain a compensated method has; 1 for those that are not named.
+PARTS = {"rank1": 0.5}
+#: Backbones by name; of those that are timm's, what timm calls them.
 TIMM = {"deit_b": "deit_base_patch16_224.fb_in1k", "deit_s": "deit_small_patch16_224.fb_in1k"}
-#: How much of the gain each variant of the compensator has.
-VARIANTS = {"tocom": 1.0, "rank1": 0.5}
+TASKS = ("digits", "mnist5k", "rotation")
+FGVC = ("cub200", "dogs")
+
+TOME, TOCOM = {"tome": {}}, {"tocom": {"like": "tome", "compensator": {"kind": "tocom", "rank": 2}}}
+RIVAL = {"random_degree": {"like": "tome", "tuning": {"degree": "random"}}}
+DEMO = TOME | TOCOM | RIVAL
+ABLATION = TOME | TOCOM | {"rank1": {"like": "tocom", "compensator": {"rank": 1}, "title": "rank 1"}}
+EVIT = {"evit": {"compressor": "evit"}, "evit_tocom": {"like": "evit", "compensator": "tocom"}}
+
+
+def config(tasks=TASKS, methods=DEMO, backbones=("vit",), **changes):
+    """Return the config of a study; what is compared: the first two methods, and all others with the one before."""
+    names = list(methods)
+    return {
+        "study": "made_up",
+        "backbones": [
+            {"name": b, "timm": TIMM[b], "image_size": 224, "patch_size": 16}
+            if b in TIMM
+            else {"name": b, "checkpoint": "glyph_vit"}
+            for b in backbones
+        ],
+        "methods": methods,
+        "compare": [list(pair) for pair in zip(names, names[1:], strict=False)],
+        "tasks": list(tasks),
+        "seeds": list(SEEDS),
+        "train_degrees": [0, 12],
+        "infer_degrees": list(DEGREES),
+        "max_degree": 12,
+        "checkpoints_per_job": 99,
+        "analysis": {"resamples": 300},
+    } | changes
+
+
+ABLATED = config(FGVC, ABLATION, compare=[["tome", "tocom"], ["tome", "rank1"]])
+SEVERAL = config(("cifar100",), TOME | TOCOM | EVIT, tuple(TIMM), compare=[["tome", "tocom"], ["evit", "evit_tocom"]])
+
+
+def share(study, method, train, infer):
+    """Return the share of images that a method gets right."""
+    if train == "random":
+        return RANDOM
+    part = PARTS.get(method, 1.0) if study.methods[method].compensator else 0.0
+    return PLAIN[train][infer] + part * GAIN.get((train, infer), 0)
 
 
 def right(share, seed):
@@ -25,77 +71,102 @@ def right(share, seed):
     return np.random.default_rng([7, seed]).permutation(N) < round(share * N)
 
 
-def cells_of(train, variants):
-    """Return (inference degree, compensator, share of right images) of a checkpoint, as evaluation orders them."""
-    if train == "random":
-        return [(infer, "none", 0.90) for infer in DEGREES]
-    plain = [(infer, "none", PLAIN[train][infer]) for infer in DEGREES]
-    return plain + [
-        (infer, name, PLAIN[train][infer] + part * GAIN.get((train, infer), 0))
-        for (name, part), infer in product(variants.items(), DEGREES)
-    ]
+def write_predictions(root, study, arrays_of, keep=lambda **where: True):
+    """Write the predictions of a study and return their files.
 
-
-def predictions(root, models, tasks, variants, old=False):
-    """Write predictions files and return (backbone, file) pairs; old files do not name the compensator."""
-    labels = np.arange(N) % 5
+    Args:
+        arrays_of: makes the arrays of a task from its list of (method, train degree, inference degree, seed).
+        keep: tells from backbone, method, task, train_degree, infer_degree and seed whether a cell was run.
+    """
     files = []
-    for (backbone, compressor), task, train, seed in product(models, tasks, (0, 12, "random"), SEEDS):
-        cells = [
-            {"infer_degree": n, "compensated": name != "none", "compensator": name, "scale": 0.5,
-             "gflops": 0.02 - n / 1000}
-            for n, name, _ in cells_of(train, variants)
-        ]  # fmt: skip
-        if old:
-            cells = [{key: value for key, value in cell.items() if key != "compensator"} for cell in cells]
-        predicted = [np.where(right(share, seed), labels, labels + 1) for _, _, share in cells_of(train, variants)]
-        path = prediction_file(root, backbone, compressor, task, train, seed)
-        meta = {"task": task, "train_degree": train, "seed": seed, "compressor": compressor, "cells": cells}
-        save_arrays(path, {"predictions": np.stack(predicted), "labels": labels}, meta)
-        files.append((backbone, path))
+    for backbone, tuned, task in product(study.backbones, study.tuned, study.task_names):
+        cells, points = [], []
+        for seed, train, method in product(study.seeds, study.train_degrees_of(tuned), study.sharing(tuned)):
+            for infer in study.infer_degrees_of(method):
+                where = {"method": method, "train_degree": train, "seed": seed, "infer_degree": infer}
+                if not keep(backbone=backbone.name, task=task, **where):
+                    continue
+                entry = study.methods[method]
+                compensator = entry.compensator.name if entry.compensator else "none"
+                # It is declined where it gains nothing.
+                scale = 0.5 if compensator != "none" and (train, infer) in GAIN else 0.0
+                about = {"compensated": compensator != "none", "compensator": compensator, "scale": scale}
+                about |= {"compressor": entry.compressor.name, "gflops": 0.02 - infer / 1000}
+                cells.append(where | about)
+                points.append((method, train, infer, seed))
+        if cells:
+            path = root / "predictions" / backbone.name / tuned / task / "batch-0.safetensors"
+            meta = {"kind": "predictions", "task": task, "backbone": backbone.name, "metric": study.metric}
+            save_arrays(path, arrays_of(task, points), meta | {"cells": cells})
+            files.append(path)
     return files
 
 
-def make(root, groups, models=(("vit", "tome"),), variants=None):
-    """Make all tables of a study in ``root``; ``groups`` is task -> its group's name."""
-    files = predictions(root / "predictions", models, groups, variants or {"tocom": 1.0})
-    write_rows(gather("made_up", files), root / "cells.csv")
-    result = significance.compare(correctness(files), groups, resamples=300)
-    result.insert(0, "study", "made_up")
-    result.to_csv(root / "significance.csv", index=False)
+def classified(study):
+    """Return the maker of arrays of a study that classifies."""
+    labels = np.arange(N) % 5
+
+    def arrays_of(task, points):
+        shares = [(share(study, *where), seed) for *where, seed in points]
+        return {
+            "predictions": np.stack([np.where(right(*one), labels, labels + 1) for one in shares]).astype(np.int16),
+            "labels": labels,
+        }
+
+    return arrays_of
+
+
+def segmented(study, images=12):
+    """Return the maker of arrays of a study that segments: right pixels by the same shares, of two classes."""
+
+    def arrays_of(task, points):
+        tp = np.zeros((len(points), images, 2), np.int32)
+        for number, (*where, seed) in enumerate(points):
+            tp[number] = np.round(100 * share(study, *where)) + np.arange(images)[:, None] % 3 - 1 + seed
+        return {"tp": tp, "fp": (100 - tp)[..., ::-1], "fn": 100 - tp}
+
+    return arrays_of
+
+
+def make(root, config, arrays_of=None, keep=lambda **where: True):
+    """Make all tidy tables of a study in ``root``; what ``keep`` refuses was not run."""
+    study = read_study(plan(root, config) / "study.json")
+    files = write_predictions(root, study, arrays_of or classified(study), keep)
+    cells.write_rows(cells.gather(study.study, files), root / "cells.csv")
+    compare.compare(study, cells.records(files)).to_csv(root / "significance.csv", index=False)
+    models = list(product([backbone.name for backbone in study.backbones], study.methods))
     speeds = [
-        {"backbone": b, "compressor": c, "infer_degree": n, "compensated": on, "gflops": 0.02,
-         "images_per_second": 1000.0, "speedup": 1.5, "ratio": 1.003 if on else 1.0, "ratio_low": 0.99,
+        {"backbone": b, "method": m, "infer_degree": n, "compensated": bool(study.methods[m].compensator),
+         "gflops": 0.02, "images_per_second": 1000.0, "speedup": 1.5, "ratio": 1.003, "ratio_low": 0.99,
          "ratio_high": 1.01, "memory_mb": 10.0, "batch_size": 64, "repeats": 9, "threads": 1, "device": "cpu"}
-        for (b, c), n, on in product(models, DEGREES, (False, True))
+        for (b, m), n in product(models, DEGREES)
     ]  # fmt: skip
-    write_rows(speeds, root / "throughput.csv")
+    cells.write_rows(speeds, root / "throughput.csv")
     gaps = [
-        {"backbone": b, "compressor": c, "source_task": s, "target_task": t, "seed": seed, "train_degree": 0,
+        {"backbone": b, "method": m, "source_task": s, "target_task": t, "seed": seed, "train_degree": 0,
          "infer_degree": 12, "n": N, "correct": 1,
          "accuracy": 0.8 + 0.01 * (s != "none") + 0.02 * (s == t) + 0.001 * seed * (s != "none")}
-        for (b, c), s, t, seed in product(models, ["none", *groups], groups, SEEDS)
+        for (b, m), s, t, seed in product(models, ["none", *study.task_names], study.task_names, SEEDS)
     ]  # fmt: skip
-    write_rows(gaps, root / "transfer.csv")
-    return files
+    cells.write_rows(gaps, root / "transfer.csv")
+    return root
 
 
-def config(groups, backbones=("vit",), compressors=("tome",), variants=("tocom",), degrees=DEGREES):
-    """Return the config that asks for exactly such a study."""
-    return {
-        "backbones": [{"name": name, "timm": TIMM.get(name)} for name in backbones],
-        "compressors": list(compressors),
-        "tasks": list(groups),
-        "seeds": list(SEEDS),
-        "train_degrees": [0, 12, "random"],
-        "infer_degrees": list(degrees),
-        "compensators": {name: {} if name == "tocom" else {"rank": 1} for name in variants},
-    }
+def plan(root, config):
+    """Write the declaration of a study that was never run."""
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "study.json").write_text(json.dumps(config))
+    return root
 
 
-def cut(root, **where):
-    """Take the cells with these values out of a study's cells.csv; return how many there were."""
-    cells = read_cells(root / "cells.csv")
-    out = np.logical_and.reduce([cells[name] == value for name, value in where.items()])
-    cells[~out].to_csv(root / "cells.csv", index=False)
-    return int(out.sum())
+def significance_of(root):
+    """Read significance.csv, by pair of methods, scope and degrees."""
+    frame = pd.read_csv(root / "significance.csv", dtype={"train_degree": str})
+    return frame.set_index(["before", "after", "scope", "train_degree", "infer_degree"]).sort_index()
+
+
+def change(root, **changes):
+    """Change the declaration of a study."""
+    whole = json.loads((root / "study.json").read_text()) | changes
+    (root / "study.json").write_text(json.dumps(whole))
+    return read_study(root / "study.json")

@@ -1,6 +1,5 @@
 """Every statistic against scipy, statsmodels, enumeration or a hand-worked case, and by what it claims to guarantee."""
 
-import gc
 import itertools
 import math
 import os
@@ -16,19 +15,12 @@ from hypothesis.extra.numpy import arrays
 from statsmodels.stats.contingency_tables import mcnemar
 
 from tocom.analysis import stats
+from tocom.analysis.scores import METRICS
 from tocom.errors import TocomError
 
 pytestmark = pytest.mark.filterwarnings("error")
 
 ALPHA = 0.05
-
-
-@pytest.fixture(autouse=True, scope="module")
-def small_heap():
-    """Keep statsmodels' Holm from walking every loaded module: it collects garbage at each call."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def differences(max_seeds=4, max_images=30):
@@ -47,17 +39,22 @@ def enumerate_signs(values):
     return signs @ np.asarray(values)
 
 
+def bootstrap_gain(tasks, resamples=2000, seed=0, level=0.95):
+    return stats.interval(100 * stats.crossed_bootstrap([task[None] for task in tasks], resamples, seed)[:, 0], level)
+
+
+def bootstrap_gap_closed(*conditions, resamples=2000):
+    return METRICS["accuracy"].gap_interval(*conditions, resamples=resamples)
+
+
 def test_needs_no_torch():
-    code = "import sys, tocom.analysis.stats; sys.exit('torch' in sys.modules)"
+    modules = "report, overview, headline, verify, figures, compare"
+    code = f"import sys; from tocom.analysis import {modules}; sys.exit('torch' in sys.modules)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
 
 
 # --- gain and intervals -------------------------------------------------------------------------------------
-
-
-def test_gain_is_in_points():
-    assert stats.gain([[1, 0, 0, -1], [1, 1, 0, 0]]) == 25.0
 
 
 def test_bootstrap_agrees_with_a_loop():
@@ -69,49 +66,23 @@ def test_bootstrap_agrees_with_a_loop():
         seeds = rng.integers(3, size=3)
         means.append(np.mean([t[seeds][:, rng.integers(t.shape[1], size=t.shape[1])].mean() for t in tasks]))
     expected = 100 * np.quantile(means, [0.025, 0.975])
-    np.testing.assert_allclose(stats.bootstrap_gain(tasks, 6000), expected, atol=0.04 * np.ptp(expected))
-
-
-def test_bootstrap_of_one_seed_agrees_with_scipy():
-    difference = draw(np.random.default_rng(1), 1, 300)
-    result = scipy.stats.bootstrap(
-        (100 * difference[0],), np.mean, n_resamples=6000, method="percentile", confidence_level=0.9, random_state=0
-    ).confidence_interval
-    actual = stats.bootstrap_gain([difference], 6000, level=0.9)
-    np.testing.assert_allclose(actual, (result.low, result.high), atol=0.04 * (result.high - result.low))
+    np.testing.assert_allclose(bootstrap_gain(tasks, 6000), expected, atol=0.04 * np.ptp(expected))
 
 
 def test_bootstrap_draws_seeds_jointly_across_tasks():
     by_seed = np.array([[1], [0], [-1]])
     same, opposite = np.repeat(by_seed, 20, axis=1), np.repeat(-by_seed, 50, axis=1)
-    assert stats.bootstrap_gain([same, opposite]) == pytest.approx((0, 0))
-    assert np.ptp(stats.bootstrap_gain([same, same])) > 100
-
-
-def test_bootstrap_draws_images_of_each_task_apart():
-    certain, uncertain = np.ones((1, 500), int), np.array([[1, -1] * 10])
-    low, high = stats.bootstrap_gain([certain, uncertain], 4000)
-    # the certain task shifts the mean and adds no spread
-    alone = stats.bootstrap_gain([uncertain], 4000)
-    assert (low, high) == pytest.approx((50 + alone[0] / 2, 50 + alone[1] / 2), abs=3)
+    assert bootstrap_gain([same, opposite]) == pytest.approx((0, 0))
+    assert np.ptp(bootstrap_gain([same, same])) > 100
 
 
 def test_bootstrap_is_deterministic_whatever_the_chunks(monkeypatch):
     tasks = [draw(np.random.default_rng(2), 3, 50), draw(np.random.default_rng(3), 3, 70)]
-    expected = stats.bootstrap_gain(tasks, 500, seed=7)
-    assert stats.bootstrap_gain(tasks, 500, seed=7) == expected
-    assert stats.bootstrap_gain(tasks, 500, seed=8) != expected
+    expected = bootstrap_gain(tasks, 500, seed=7)
+    assert bootstrap_gain(tasks, 500, seed=7) == expected
+    assert bootstrap_gain(tasks, 500, seed=8) != expected
     monkeypatch.setattr(stats, "_CHUNK", 100)
-    assert stats.bootstrap_gain(tasks, 500, seed=7) == expected
-
-
-@settings(deadline=None, max_examples=60)
-@given(differences())
-def test_bootstrap_interval_holds_the_gain_and_nests(difference):
-    gain = stats.gain(difference)
-    (low, high), (lower, higher) = (stats.bootstrap_gain([difference], 300, level=level) for level in (0.8, 0.98))
-    assert -100 <= lower <= low <= high <= higher <= 100
-    assert lower - 1e-9 <= gain <= higher + 1e-9
+    assert bootstrap_gain(tasks, 500, seed=7) == expected
 
 
 def test_gap_closed():
@@ -139,21 +110,21 @@ def test_gap_closed_agrees_with_a_loop():
         plain, compensated, matched = np.mean(means, axis=0)
         ratios.append((compensated - plain) / (matched - plain))
     expected = np.quantile(ratios, [0.025, 0.975])
-    actual = stats.bootstrap_gap_closed(*zip(*tasks, strict=True), resamples=6000)
+    actual = bootstrap_gap_closed(*zip(*tasks, strict=True), resamples=6000)
     np.testing.assert_allclose(actual, expected, atol=0.05 * np.ptp(expected))
 
 
 def test_gap_closed_without_a_gap_is_undefined():
     plain, compensated, matched = accuracies(np.random.default_rng(5), 3, 80, 0.7, 0.8, 0.3)
-    assert np.isnan(stats.bootstrap_gap_closed([plain], [compensated], [matched])).all()
-    assert np.isnan(stats.bootstrap_gap_closed([plain], [compensated], [plain])).all()
+    assert np.isnan(bootstrap_gap_closed([plain], [compensated], [matched])).all()
+    assert np.isnan(bootstrap_gap_closed([plain], [compensated], [plain])).all()
 
 
 def test_gap_closed_leaves_out_draws_without_a_gap():
     # a gap of one image of ten: a third of the draws have none
     plain, matched = np.zeros((1, 10), bool), np.zeros((1, 10), bool)
     matched[0, 0] = True
-    assert stats.bootstrap_gap_closed([plain], [matched], [matched]) == (1, 1)
+    assert bootstrap_gap_closed([plain], [matched], [matched]) == (1, 1)
 
 
 # --- tests on images ----------------------------------------------------------------------------------------
@@ -183,27 +154,11 @@ def test_sign_flip_agrees_with_enumeration(difference):
     assert stats.sign_flip_test(difference) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_sign_flip_agrees_with_scipy(seed):
-    difference = draw(np.random.default_rng(seed), 3, 12)
-    expected = scipy.stats.permutation_test(
-        (difference.sum(axis=0),), lambda x, axis: x.sum(axis=axis), permutation_type="samples", n_resamples=np.inf
-    ).pvalue
-    assert stats.sign_flip_test(difference) == pytest.approx(expected, rel=1e-12)
-
-
 @settings(deadline=None, max_examples=60)
 @given(differences(max_seeds=1, max_images=60))
 def test_sign_flip_of_one_seed_is_mcnemar(difference):
     table = [[0, (difference == 1).sum()], [(difference == -1).sum(), 0]]
-    expected = mcnemar(table, exact=True).pvalue
-    assert stats.mcnemar_exact(difference[0]) == expected
-    assert stats.sign_flip_test(difference) == pytest.approx(expected, rel=1e-9)
-
-
-def test_mcnemar_is_the_binomial_test():
-    expected = scipy.stats.binomtest(3, 15, 0.5).pvalue
-    assert stats.mcnemar_exact([1] * 12 + [-1] * 3 + [0] * 20) == pytest.approx(expected, rel=1e-12)
+    assert stats.sign_flip_test(difference) == pytest.approx(mcnemar(table, exact=True).pvalue, rel=1e-9)
 
 
 def test_sign_flip_of_many_images_approaches_the_normal():
@@ -242,32 +197,10 @@ def test_pooled_agrees_with_enumeration():
     assert stats.pooled_sign_flip_test(tasks) == pytest.approx(expected, abs=0.008)  # five standard errors
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_pooled_over_one_task_is_the_sign_flip(seed):
-    difference = draw(np.random.default_rng(seed), 3, 200)
-    assert stats.pooled_sign_flip_test([difference]) == pytest.approx(stats.sign_flip_test(difference), abs=0.008)
-
-
-def test_pooled_counts_draws_that_equal_the_observation():
-    # thirds and sevenths do not add up exactly in floats; all signs agree in 2 of 2 ** 10 draws
-    tasks = [np.ones((1, 3), int), np.ones((1, 7), int)]
-    assert stats.pooled_sign_flip_test(tasks) == pytest.approx(2**-9, rel=0.4)
-
-
 def test_pooled_weighs_tasks_alike():
     # images count by their task: the four that lose weigh as much as the 400 that gain
     small, big = -np.ones((2, 4), int), np.ones((2, 400), int)
     assert stats.pooled_sign_flip_test([small, big], 1000) == 1
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.lists(differences(), min_size=1, max_size=4))
-def test_pooled_properties(tasks):
-    p = stats.pooled_sign_flip_test(tasks, 500)
-    assert 1 / 501 <= p <= 1
-    assert stats.pooled_sign_flip_test([-task for task in tasks], 500) == p
-    if not any(task.sum(axis=0).any() for task in tasks):
-        assert p == 1
 
 
 # --- tests on seeds and tasks -------------------------------------------------------------------------------
@@ -290,13 +223,6 @@ def test_seed_test_at_the_edges(gains, p):
 def test_task_test_agrees_with_scipy():
     gains = np.random.default_rng(8).normal(0.4, 1, 19)
     assert stats.task_test(gains) == pytest.approx(scipy.stats.wilcoxon(gains, method="exact").pvalue, rel=1e-12)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_task_test_with_ties_agrees_with_scipy(seed):
-    gains = np.random.default_rng(seed).integers(-3, 6, 10) / 10
-    expected = scipy.stats.wilcoxon(gains, method=scipy.stats.PermutationMethod(n_resamples=np.inf)).pvalue
-    assert stats.task_test(gains) == pytest.approx(expected, rel=1e-12)
 
 
 def test_task_test_is_exact_with_ties_in_many_tasks():
@@ -322,15 +248,6 @@ def test_task_test_at_the_edges(gains, p):
     assert stats.task_test(gains) == pytest.approx(p, nan_ok=True)
 
 
-@settings(deadline=None, max_examples=60)
-@given(st.lists(st.floats(-100, 100), min_size=2, max_size=19))
-def test_task_test_properties(gains):
-    p = stats.task_test(gains)
-    assert 2.0 ** (1 - len(gains)) * (1 - 1e-9) <= p <= 1
-    assert stats.task_test([-gain for gain in gains]) == p
-    assert stats.task_test([*gains, 0]) == p
-
-
 # --- many tests ---------------------------------------------------------------------------------------------
 
 
@@ -343,16 +260,6 @@ def test_holm_passes_over_nan():
     np.testing.assert_allclose(stats.holm([0.01, np.nan, 0.04]), [0.02, np.nan, 0.04])
     np.testing.assert_allclose(stats.holm([np.nan]), [np.nan])
     assert stats.holm([]).shape == (0,)
-
-
-@settings(deadline=None)
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
-def test_holm_lies_between_the_raw_p_and_bonferroni(p_values):
-    p_values = np.array(p_values)
-    adjusted = stats.holm(p_values)
-    assert (adjusted >= p_values).all()
-    assert (adjusted <= np.minimum(1, len(p_values) * p_values) + 1e-12).all()
-    assert (np.diff(adjusted[np.argsort(p_values)]) >= 0).all()
 
 
 @pytest.mark.parametrize(
@@ -371,19 +278,13 @@ GOOD, SMALL = np.ones((3, 4), int), np.ones((2, 4), int)
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: stats.gain([1, 0]), "shape"),
-        (lambda: stats.gain(np.zeros((2, 0))), "empty"),
-        (lambda: stats.gain([[2, 0]]), "-1, 0 and 1"),
-        (lambda: stats.gain([[np.nan, 0]]), "-1, 0 and 1"),
+        (lambda: stats.sign_flip_test([1, 0]), "shape"),
+        (lambda: stats.sign_flip_test(np.zeros((2, 0))), "empty"),
+        (lambda: stats.sign_flip_test([[2, 0]]), "-1, 0 and 1"),
+        (lambda: stats.sign_flip_test([[np.nan, 0]]), "-1, 0 and 1"),
         (lambda: stats.sign_flip_test(np.uint8([[0]]) - np.uint8([[1]])), "signed"),
-        (lambda: stats.mcnemar_exact(GOOD), "shape"),
-        (lambda: stats.bootstrap_gain([]), "no task"),
-        (lambda: stats.bootstrap_gain([GOOD, SMALL]), "same seeds"),
+        (lambda: bootstrap_gain([GOOD, SMALL]), "same seeds"),
         (lambda: stats.pooled_sign_flip_test([]), "no task"),
-        (lambda: stats.bootstrap_gap_closed([], [], []), "no task"),
-        (lambda: stats.bootstrap_gap_closed([GOOD], [GOOD], []), "every condition"),
-        (lambda: stats.bootstrap_gap_closed([GOOD], [GOOD], [SMALL]), "shapes"),
-        (lambda: stats.bootstrap_gap_closed([GOOD], [GOOD], [7 * GOOD]), "booleans"),
     ],
 )
 @pytest.mark.filterwarnings("ignore:overflow")
@@ -421,7 +322,7 @@ def test_sign_flip_keeps_its_level_where_seeds_are_correlated():
     nulls = [simulate(rng, 3, 150) for _ in range(1000)]
     assert 0.02 < rate([stats.sign_flip_test(d) for d in nulls]) <= most_false_positives(1000)
     # the reason for it: seed-image pairs are no independent observations
-    assert rate([stats.mcnemar_exact(d.ravel()) for d in nulls]) > 2 * ALPHA
+    assert rate([stats.sign_flip_test(d.reshape(1, -1)) for d in nulls]) > 2 * ALPHA
 
 
 def test_pooled_keeps_its_level():
@@ -441,24 +342,13 @@ def test_seed_test_keeps_its_level():
     assert rate(p_values) <= most_false_positives(1000)
 
 
-def test_task_test_keeps_its_level():
-    rng = np.random.default_rng(13)
-    p_values = [stats.task_test([stats.gain(simulate(rng, 2, 50)) for _ in range(8)]) for _ in range(1000)]
-    assert 0.02 < rate(p_values) <= most_false_positives(1000)
-
-
-def test_holm_keeps_the_level_of_the_family():
-    families = np.random.default_rng(14).random((1000, 6))
-    assert rate([stats.holm(family).min() for family in families]) <= most_false_positives(1000)
-
-
 def test_a_true_effect_is_found():
     rng = np.random.default_rng(15)
     trials = [[simulate(rng, 3, images, effect=0.12) for images in (500, 800)] for _ in range(100)]
     assert rate([stats.sign_flip_test(tasks[1]) for tasks in trials]) > 0.9
     assert rate([stats.pooled_sign_flip_test(tasks, 1000) for tasks in trials]) > 0.95
-    assert rate([stats.task_test([stats.gain(d) for d in sum(trials[i : i + 4], [])]) for i in range(96)]) > 0.9
-    assert np.mean([stats.bootstrap_gain([tasks[1]], 300)[0] > 0 for tasks in trials]) > 0.8
+    assert rate([stats.task_test([100 * d.mean() for d in sum(trials[i : i + 4], [])]) for i in range(96)]) > 0.9
+    assert np.mean([bootstrap_gain([tasks[1]], 300)[0] > 0 for tasks in trials]) > 0.8
 
 
 def coverage(seeds, images, spread, shared, trials=300):
@@ -475,12 +365,12 @@ def coverage(seeds, images, spread, shared, trials=300):
         )
         by_seed = rng.normal(0, spread, (seeds, 1))
         difference = np.where(rng.random((seeds, images)) < np.abs(by_seed), np.sign(by_seed), difference)
-        low, high = stats.bootstrap_gain([difference], 300, seed=trial)
+        low, high = bootstrap_gain([difference], 300, seed=trial)
         held += low <= 5 * (1 - math.sqrt(2 / math.pi) * spread) <= high
     return held / trials
 
 
-@pytest.mark.parametrize("setting", [(1, 300, 0, 0), (3, 300, 0, 0.9), (3, 300, 0, 0.5), (10, 300, 0.02, 0.5)])
+@pytest.mark.parametrize("setting", [(1, 300, 0, 0), (3, 300, 0, 0.9), (3, 300, 0, 0.5), (10, 100, 0.02, 0.5)])
 def test_bootstrap_covers_the_truth(setting):
     assert coverage(*setting) >= scipy.stats.binom.ppf(0.001, 300, 0.95) / 300
 

@@ -1,11 +1,5 @@
 """Small archives in the true layout of every data set, and a catalogue of them, for tests and tiny studies.
 
-    from tests.data.layouts import make_archives, make_catalogue
-    from tests.data.server import serve
-
-    made = make_archives("cub200", folder)              # writes folder/CUB_200_2011.tgz
-    made["truth"]["train"]                              # the labels, in the order of the data set's own lists
-
     with serve(folder) as server:                       # all of them, for `tocom data fetch` and whole studies
         catalogue = make_catalogue(folder, server.base)
 
@@ -28,25 +22,13 @@ import numpy as np
 import yaml
 from PIL import Image
 
+from tocom.data.catalogue import BUNDLED, read_catalogue
+
 CLASSES = 4
 PER_CLASS = {"train": 6, "val": 3, "test": 3}
 LEVELS = (40, 128, 216)  # of one colour channel: 27 colours, for as many classes
 
-VTAB_TASKS = {
-    "VTAB-1k natural": ("caltech101", "cifar", "dtd", "oxford_flowers102", "oxford_iiit_pet", "svhn", "sun397"),
-    "VTAB-1k specialised": ("patch_camelyon", "eurosat", "resisc45", "diabetic_retinopathy"),
-    "VTAB-1k structured": (
-        "clevr_count",
-        "clevr_dist",
-        "dmlab",
-        "kitti",
-        "dsprites_loc",
-        "dsprites_ori",
-        "smallnorb_azi",
-        "smallnorb_ele",
-    ),
-}
-GROUP_OF = {f"vtab.{task}": group for group, tasks in VTAB_TASKS.items() for task in tasks}
+GROUP_OF = {name: entry.group for name, entry in read_catalogue(BUNDLED).items() if name.startswith("vtab.")}
 WNIDS = ("n01440764", "n01443537", "n01484850", "n01491361")
 
 
@@ -101,7 +83,6 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
 
 
 def write_zip(path: Path, members: dict[str, bytes]) -> Path:
-    """Write a zip archive."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
@@ -171,8 +152,8 @@ def cifar100(folder: Path) -> dict:
 
 
 def cub200(folder: Path) -> dict:
-    members, truth = {"attributes.txt": b"1 has_bill_shape::dagger\n"}, {"train": [], "test": []}
-    images, labels, split_of, boxes = [], [], [], []
+    members, truth = {}, {"train": [], "test": []}
+    images, labels, split_of = [], [], []
     names = [f"{label + 1:03d}.Bird_{label}" for label in range(CLASSES)]
     for number, (split, label, index) in enumerate(numbered("train", "test"), start=1):
         path = f"{names[label]}/Bird_{label}_{index:04d}_{1000 + number}.jpg"
@@ -180,14 +161,12 @@ def cub200(folder: Path) -> dict:
         images.append(f"{number} {path}")
         labels.append(f"{number} {label + 1}")
         split_of.append(f"{number} {int(split == 'train')}")
-        boxes.append(f"{number} 2.0 2.0 30.0 30.0")
         truth[split].append(label)
     classes = [f"{label + 1} {name}" for label, name in enumerate(names)]
     lists = {
         "images.txt": images,
         "image_class_labels.txt": labels,
         "train_test_split.txt": split_of,
-        "bounding_boxes.txt": boxes,
         "classes.txt": classes,
     }
     members |= {f"CUB_200_2011/{name}": ("\n".join(lines) + "\n").encode() for name, lines in lists.items()}
@@ -265,9 +244,6 @@ def dogs(folder: Path) -> dict:
         labels = np.array(truth[split], dtype=np.uint8)[:, None] + 1
         annotations = cell([path.removesuffix(".jpg") for path in paths[split]])
         lists[f"{split}_list.mat"] = mat(file_list=cell(paths[split]), annotation_list=annotations, labels=labels)
-    both = paths["train"] + paths["test"]
-    labels = np.array(truth["train"] + truth["test"], dtype=np.uint8)[:, None] + 1
-    lists["file_list.mat"] = mat(file_list=cell(both), labels=labels)
     write_tar(folder / "images.tar", members)
     write_tar(folder / "lists.tar", lists)
     return {"files": {"images.tar": ".", "lists.tar": "."}, "truth": truth, "family": "dogs", "group": "FGVC"}

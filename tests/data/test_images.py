@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
-from tocom.data.images import image_files, open_image
+from tocom.data.images import fit_size, image_files, open_image
 from tocom.errors import TocomError
 
 GREY = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
@@ -68,3 +71,12 @@ def test_only_endings_of_pictures_count_as_images(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     assert [path.name for path in image_files(tmp_path)] == ["a.JPG", "c.mpo", "b.png"]
+
+
+@given(width=st.integers(20, 90), height=st.integers(20, 90), size=st.sampled_from([14, 32, 33]))
+@settings(max_examples=40, deadline=None)
+def test_images_are_scaled_and_cut_to_the_pixel_as_torchvision_does(width, height, size):
+    pixels = np.random.default_rng(width * height).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    wanted = Compose([Resize(int(size * 256 / 224), InterpolationMode.BICUBIC), CenterCrop(size)])(image)
+    assert np.array_equal(fit_size(image, size), np.asarray(wanted).transpose(2, 0, 1))

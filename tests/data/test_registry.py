@@ -1,112 +1,105 @@
-"""Tasks: real and generated ones, folders of the user, and their splits."""
+"""Tasks: bundled ones, data sets and folders of the user, prepared in splits."""
+
+import shutil
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from tests.data import layouts
 from tocom.data import registry
-from tocom.data.listing import SPLITS, Items, Listing, with_validation
-from tocom.data.own import OwnSource
+from tocom.data.fetch import fetch
+from tocom.data.listing import SPLITS
+from tocom.data.own import OwnOptions
 from tocom.errors import TocomError
+from tocom.files import save_arrays
 
 SIZES = {"train": 80, "val": 20, "test": 50}
-ALL = {"train": None, "val": None, "test": None}
 
 
-def rows(images):
-    return {image.tobytes() for image in images}
+def made(tmp_path, name, *args, **options):
+    """Prepare a task and read it: arrays and metadata."""
+    about = registry.prepare(name, tmp_path / "task.safetensors", *args, **options)
+    arrays, metadata = registry.read(tmp_path / "task.safetensors")
+    assert metadata == about
+    return arrays, metadata
+
+
+def refusal(tmp_path, *args, **options):
+    with pytest.raises(TocomError) as error:
+        registry.prepare(args[0], tmp_path / "out" / "task", *args[1:], **options)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
+    return str(error.value)
 
 
 @pytest.mark.parametrize("name", registry.TASKS)
-def test_splits_have_their_sizes_and_share_no_image(name, tmp_path):
-    about = registry.prepare(name, tmp_path / "task.safetensors", SIZES)
-    arrays, metadata = registry.read(tmp_path / "task.safetensors")
-    assert metadata == about
+def test_bundled_tasks_have_the_sizes_that_are_asked_for_and_splits_share_no_image(name, tmp_path):
+    arrays, about = made(tmp_path, name, SIZES)
     assert about["sizes"] == SIZES
+    assert about["task_kind"] == registry.kind_of_task(name) == ("segment" if name == "scenes" else "classify")
     seen = set()
     for split, size in SIZES.items():
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         assert images.shape == (size, 3, 32, 32)
+        assert labels.shape == ((size, 32, 32) if name == "scenes" else (size,))
         assert labels.min() >= 0
-        assert labels.max() < about["classes"]
-        assert not rows(images) & seen
-        seen |= rows(images)
+        assert labels[labels != 255].max() < about["classes"]
+        rows = {image.tobytes() for image in images}
+        assert not rows & seen
+        seen |= rows
 
 
-def test_preparing_twice_gives_the_same_bytes(tmp_path):
-    for name in ("a", "b"):
-        registry.prepare("digits", tmp_path / name, SIZES)
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-
-
-def test_real_splits_are_balanced_and_the_test_split_takes_what_is_left():
-    splits = registry.split_real(registry.TASKS["digits"], {"train": 800, "val": 200, "test": 5000})
-    assert len(splits["test"]) == 1797 - 1000
-    counts = np.bincount(splits["train"].labels)
+def test_sizes_that_are_not_stated_are_the_usual_ones_and_preparing_twice_gives_the_same_bytes(tmp_path):
+    arrays, about = made(tmp_path, "digits", {"val": None})
+    assert about["sizes"] == {"train": 800, "val": 200, "test": 797}  # as many as are left
+    counts = np.bincount(arrays["train_labels"])
     assert counts.max() - counts.min() <= 5
+    registry.prepare("digits", tmp_path / "again", source={})
+    assert (tmp_path / "task.safetensors").read_bytes() == (tmp_path / "again").read_bytes()
+    assert registry.TASKS["scenes"].sizes == {"train": 400, "val": 100, "test": 200}
 
 
-def test_a_task_too_small_for_its_splits_is_refused():
-    with pytest.raises(TocomError, match="too few"):
-        registry.split_real(registry.TASKS["digits"], {"train": 1700, "val": 200, "test": 10})
+@pytest.mark.parametrize(
+    ("name", "sizes", "match"),
+    [
+        ("digits", {"train": 1700, "val": 200}, "has 1797 images, too few for 1900"),
+        ("digits", {"val": 0.5}, "data.val must be a number of images; it is 0.5"),
+        ("digits", {"tst": 5}, "sizes of 'tst' (did you mean 'test'?); the splits are train, val, test"),
+        ("digits", {"train": 0.5}, "0.5 images in the train split; give a whole number above 0"),
+        ("mnist", {}, "unknown task 'mnist' (did you mean 'mnist5k'?)"),
+        ("cub200", {}, "the data set 'cub200' is not in"),
+    ],
+)
+def test_a_task_that_cannot_be_made_is_refused(tmp_path, name, sizes, match):
+    assert match in refusal(tmp_path, name, sizes, root=tmp_path)
 
 
-def test_an_unknown_task_is_refused_with_a_suggestion():
-    with pytest.raises(TocomError, match="did you mean 'mnist5k'"):
-        registry.find("mnist")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    rng = np.random.default_rng(0)
-    for split in SPLITS:
-        for name in ("cat", "dog"):
-            (tmp_path / "pets" / split / name).mkdir(parents=True)
-            for number in range(3):
-                pixels = rng.integers(0, 255, (40, 60, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "pets" / split / name / f"{number}.png")
-    return tmp_path / "pets"
-
-
-def test_a_folder_of_images_is_a_task(folder, tmp_path):
-    source = OwnSource(folder=str(folder), group="animals")
-    about = registry.prepare("pets", tmp_path / "pets.safetensors", ALL, 16, source)
-    arrays, _ = registry.read(tmp_path / "pets.safetensors")
-    assert about["classes"] == 2
-    assert about["group"] == "animals"
+@pytest.mark.parametrize("source", [dict, OwnOptions])
+def test_a_folder_of_images_is_a_task(pets, tmp_path, source):
+    arrays, about = made(tmp_path, "pets", image_size=16, source=source(folder=str(pets), group="animals"))
+    assert (about["classes"], about["group"], about["task_kind"]) == (2, "animals", "classify")
     assert arrays["test_images"].shape == (6, 3, 16, 16)
     assert arrays["val_labels"].tolist() == [0, 0, 0, 1, 1, 1]
 
 
-@pytest.mark.parametrize("damage", ["split", "class", "image", "empty"])
-def test_a_damaged_folder_is_refused_in_one_line_and_nothing_is_written(folder, tmp_path, damage):
-    import shutil
-
-    if damage == "split":
-        shutil.rmtree(folder / "test")
-    elif damage == "class":
-        shutil.rmtree(folder / "train" / "dog")
-    elif damage == "image":
-        (folder / "train" / "cat" / "0.png").write_bytes(b"not an image")
-    else:
-        for path in (folder / "test").rglob("*.png"):
-            path.unlink()
-    with pytest.raises(TocomError) as error:
-        registry.prepare("pets", tmp_path / "out" / "pets.safetensors", ALL, 16, OwnSource(folder=str(folder)))
-    assert "\n" not in str(error.value)
-    assert not list((tmp_path / "out").glob("*")) if (tmp_path / "out").exists() else True
+def test_a_mistake_in_a_source_or_its_images_is_one_line_and_nothing_is_written(pets, tmp_path):
+    for source, match in (
+        ({"foldr": "x"}, "task 'pets': unknown key 'foldr' (did you mean 'folder'?)"),
+        (OwnOptions(), "no source; give one of folder"),
+        ({"folder": str(pets), "classes": 2}, "classes goes with"),
+    ):
+        assert match in refusal(tmp_path, "pets", source=source)
+    (pets / "train" / "cat" / "0.png").write_bytes(b"not an image")
+    assert "0.png is not a readable image" in refusal(tmp_path, "pets", source={"folder": str(pets)})
 
 
-def test_training_images_that_are_augmented_from_files_are_not_decoded(folder, tmp_path):
-    source = OwnSource(folder=str(folder))
-    registry.prepare("pets", tmp_path / "task", ALL, 16, source, decode_train=False)
-    arrays, _ = registry.read(tmp_path / "task")
+def test_training_images_that_are_augmented_from_files_are_not_decoded(pets, tmp_path):
+    arrays, _ = made(tmp_path, "pets", source={"folder": str(pets)}, decode_train=False)
     assert "train_images" not in arrays
     paths = registry.unpack_paths(arrays["train_files"])
-    assert [path.relative_to(folder.absolute()).as_posix() for path in paths] == [
-        f"train/{name}/{number}.png" for name in ("cat", "dog") for number in range(3)
-    ]
-    assert arrays["test_images"].shape == (6, 3, 16, 16)
+    assert paths == tuple(pets / f"train/{name}/{number}.png" for name in ("cat", "dog") for number in range(3))
+    assert arrays["test_images"].shape == (6, 3, 32, 32)
 
 
 def test_images_are_cropped_or_squashed_to_the_size_of_the_input(tmp_path):
@@ -115,74 +108,79 @@ def test_images_are_cropped_or_squashed_to_the_size_of_the_input(tmp_path):
     for split in ("train", "test"):
         (tmp_path / "wide" / split / "only").mkdir(parents=True)
         for number in range(2):
+            image[0, 0] = number + 2 * (split == "test")  # no two are the same
             Image.fromarray(image).save(tmp_path / "wide" / split / "only" / f"{number}.png")
-    bright = {}
-    for resize in ("crop", "squash"):
-        source = OwnSource(folder=str(tmp_path / "wide"))
-        registry.prepare("wide", tmp_path / resize, ALL | {"val": 1}, 28, source, resize=resize)
-        bright[resize] = float((registry.read(tmp_path / resize)[0]["test_images"] > 128).mean())
-    assert bright["crop"] == 0
-    assert bright["squash"] == pytest.approx(0.25, abs=0.03)
+    for resize, bright in (("crop", 0), ("squash", 0.25)):
+        source = {"folder": str(tmp_path / "wide")}
+        arrays, _ = made(tmp_path, "wide", {"val": 1}, 28, source, resize=resize)
+        assert (arrays["test_images"] > 128).mean() == pytest.approx(bright, abs=0.03)
 
 
-def test_groups_of_tasks_follow_the_registry_and_what_the_config_says():
-    assert registry.groups_of(["rotation", "pets", "digits", "birds"], {"birds": "animals"}) == {
+def test_an_image_that_is_in_train_and_in_test_under_two_names_is_refused(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for label in ("cat", "dog"):
+            (tmp_path / "pets" / split / label).mkdir(parents=True)
+            for number in range(3):
+                pixels = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "pets" / split / label / f"{number}.png")
+    source = {"folder": str(tmp_path / "pets")}
+    made(tmp_path, "pets", {"val": 1}, 8, source)
+    copy = tmp_path / "pets" / "test" / "dog" / "copy.png"
+    copy.write_bytes((tmp_path / "pets" / "train" / "cat" / "1.png").read_bytes())
+    with pytest.raises(TocomError, match=r"dog/copy.png is among the test images, and the same image .*cat/1.png"):
+        made(tmp_path, "pets", {"val": 1}, 8, source)
+
+
+@pytest.mark.parametrize(("val", "drawn"), [(0.5, 12), (8, 8), (None, 2)])
+def test_a_data_set_gets_a_balanced_validation_split_and_is_cut_down_the_same_way_every_time(tmp_path, val, drawn):
+    folder, sizes = tmp_path / "mirror", {"val": val}
+    options = {"root": tmp_path / "data", "catalogue": layouts.make_catalogue(folder, folder.as_uri(), ["cub200"])}
+    fetch("cub200", *options.values())
+    arrays, about = made(tmp_path, "cub200", sizes, **options)
+    assert about["sizes"] == {"train": 24 - drawn, "val": drawn, "test": 12}
+    counts = np.bincount(arrays["val_labels"], minlength=4)
+    assert counts.max() - counts.min() <= (1 if drawn >= 4 else 2)
+    assert about["group"] == "FGVC"
+    small, _ = made(tmp_path, "cub200", sizes | {"train": 5, "test": 3}, **options)
+    again, _ = made(tmp_path, "cub200", sizes | {"train": 5, "test": 3}, **options)
+    assert [len(small[f"{split}_labels"]) for split in SPLITS] == [5, drawn, 3]
+    assert all(np.array_equal(small[name], again[name]) for name in small)
+    assert "cannot be kept to choose on; change data.val" in refusal(tmp_path, "cub200", {"val": 24}, **options)
+
+
+def test_kinds_and_groups_of_tasks_follow_the_registry_and_what_the_config_says():
+    assert registry.groups_of(["rotation", "pets", "digits", "birds", "ade20k", "scenes"], {"birds": "animals"}) == {
         "digits": "real tasks",
         "rotation": "generated tasks",
+        "scenes": "generated tasks",
+        "ade20k": "segmentation",
         "birds": "animals",
         "pets": "real tasks",
     }
+    kind = registry.kind_of_task
+    assert [kind(name) for name in ("ade20k", "cub200", "vtab.dtd", "nobody")] == ["segment"] + ["classify"] * 3
+    assert kind("streets", {"segment": "a", "classes": 3}) == kind("s", OwnOptions(segment="a", classes=3)) == "segment"
+    assert kind("ade20k", {"folder": "a", "segment": None}) == kind("pets", OwnOptions()) == "classify"
 
 
-def test_a_bundled_task_has_the_usual_sizes_unless_told_otherwise():
-    sizes = {split: len(items) for split, items in registry.bundled("digits", ALL).splits.items()}
-    assert sizes == {"train": 800, "val": 200, "test": 797}
+def test_another_file_is_no_prepared_task(tmp_path):
+    save_arrays(tmp_path / "x", {"a": np.zeros(1)})
+    with pytest.raises(TocomError, match="is not a prepared task; make it with `tocom prepare`"):
+        registry.read(tmp_path / "x")
 
 
-def listing(n_train=40, classes=4):
-    labels = np.arange(n_train) % classes
-    images = np.arange(n_train, dtype=np.uint8)[:, None, None, None] * np.ones((1, 3, 2, 2), dtype=np.uint8)
-    return Listing(
-        classes, "g", "made up", {"train": Items(labels, arrays=images), "test": Items(labels[:8], arrays=images[:8])}
-    )
-
-
-@pytest.mark.parametrize(("wanted", "size"), [(0.25, 10), (8, 8), (None, 4)])
-def test_a_validation_split_is_drawn_from_the_training_images(wanted, size):
-    result = registry.downloaded(listing(), ALL | {"val": wanted})
-    train, val = (result.splits[name].arrays[:, 0, 0, 0] for name in ("train", "val"))
-    assert len(val) == size
-    assert sorted([*train, *val]) == list(range(40))
-    counts = np.bincount(result.splits["val"].labels, minlength=4)
-    assert counts.max() - counts.min() <= 1
-
-
-def test_a_validation_split_that_leaves_nothing_to_train_on_is_refused():
-    with pytest.raises(TocomError, match=r"change data\.val"):
-        with_validation(listing(), 40)
-
-
-def test_splits_are_cut_down_to_their_sizes_the_same_way_every_time():
-    first, second = (registry.downloaded(listing(), {"train": 12, "val": 4, "test": 5}) for _ in range(2))
-    assert {name: len(items) for name, items in first.splits.items()} == {"train": 12, "test": 5, "val": 4}
-    for name in SPLITS:
-        assert np.array_equal(first.splits[name].arrays, second.splits[name].arrays)
-
-
-def test_held_out_images_are_never_among_the_others(folder):
-    files = registry.pretraining_files(str(folder))
-    for wanted, held_out in ((0, 0), (1, 1), (1000, len(files) // 10)):
+def test_held_out_images_are_never_among_the_others(pets):
+    files = registry.pretraining_files(str(pets))
+    assert len(files) == 18
+    for wanted, held_out in ((0, 0), (1, 1), (1000, 1)):
         kept, apart = registry.split_files(files, wanted)
         assert len(apart) == held_out
         assert sorted([*kept, *apart]) == files
         assert registry.split_files(files, wanted) == (kept, apart)
-
-
-def test_a_folder_of_few_images_is_refused(folder):
-    with pytest.raises(TocomError, match="found 3"):
-        registry.split_files(registry.pretraining_files(str(folder / "train" / "cat")), 1)
-
-
-def test_images_to_distil_on_that_do_not_exist_are_refused(tmp_path):
+    shutil.rmtree(pets / "train")
+    shutil.rmtree(pets / "val")
+    with pytest.raises(TocomError, match="found 6"):
+        registry.split_files(registry.pretraining_files(str(pets)), 1)
     with pytest.raises(TocomError, match="no such folder or data set"):
-        registry.pretraining_files(str(tmp_path / "none"))
+        registry.pretraining_files(str(pets / "none"))

@@ -7,15 +7,13 @@ import shutil
 import subprocess
 import sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from pathlib import Path
 from threading import Thread
 
 import pytest
 import yaml
 
-from tests.workflow.test_workflow import ENVIRONMENT, TINY, snakemake, workplace
+from tests.workflow.running import ENVIRONMENT, ROOT, TINY, jobs, planned, workplace
 
-ROOT = Path(__file__).parents[2]
 PROFILES = sorted(path.name for path in (ROOT / "profiles").iterdir())
 SCRIPTS = sorted((ROOT / "scripts").rglob("*.sh"))
 #: An entry, in use or commented out. Comments that are sentences begin with a capital or are indented.
@@ -84,33 +82,28 @@ def test_every_entry_of_a_profile_is_an_option_of_snakemake_or_its_plugins(profi
     assert {name for name in named - known if not name.startswith("storage-s3-")} == set()
 
 
-def jobs(printed):
-    """Return rule -> number of planned jobs, as a dry run prints them."""
-    table = printed.split("Job stats:")[-1]
-    return {match[1]: int(match[2]) for match in re.finditer(r"^(\w+) +(\d+)$", table, re.MULTILINE)}
-
-
 def resources(printed, rule):
     """Return the resources that a dry run prints for the first job of a rule."""
     return re.search(rf"^rule {rule}:\n(?:    .*\n)*?    resources: (.*)$", printed, re.MULTILINE)[1].split(", ")
 
 
+@pytest.mark.dag
 @pytest.mark.parametrize("profile", ["slurm", "workstation"])
 def test_the_small_study_is_planned_alike_with_every_profile(profile, tmp_path):
     if profile == "slurm":
         pytest.importorskip("snakemake_executor_plugin_slurm")
     folder = workplace(tmp_path)
-    usual = snakemake(folder, "--configfile", TINY, "--dry-run").stdout
     printed = with_profile(folder, profile, "--configfile", TINY, "--dry-run")
-    assert jobs(printed) == jobs(usual)
+    assert jobs(printed) == planned(folder, "--configfile", TINY)
     assert jobs(printed)["total"] > 10
     if profile == "slurm":
-        for rule in ("prepare", "distil", "throughput"):
+        for rule in ("prepare", "learn", "throughput"):
             assert "slurm_partition=PARTITION" in resources(printed, rule)
         assert "slurm_extra=--exclusive" in resources(printed, "throughput")
-        assert "slurm_extra=--exclusive" not in resources(printed, "distil")
+        assert "slurm_extra=--exclusive" not in resources(printed, "learn")
 
 
+@pytest.mark.slow
 def test_with_kubernetes_every_path_of_a_command_is_one_that_storage_fills(tmp_path):
     pytest.importorskip("snakemake_executor_plugin_kubernetes")
     folder = workplace(tmp_path)
@@ -171,6 +164,7 @@ def kubernetes(tmp_path):
     server.server_close()
 
 
+@pytest.mark.slow
 def test_kubernetes_is_asked_for_a_pod_whose_gpus_are_limits_too(kubernetes, tmp_path):
     pytest.importorskip("snakemake_executor_plugin_kubernetes")
     shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
@@ -199,17 +193,18 @@ def test_kubernetes_is_asked_for_a_pod_whose_gpus_are_limits_too(kubernetes, tmp
     assert wanted["cpu"] == "3800m"  # 4 threads, of which the node keeps 5 %
 
 
+@pytest.mark.dag
 def test_on_a_workstation_jobs_at_the_same_time_have_different_gpus(tmp_path):
     shutil.copytree(ROOT / "profiles", tmp_path / "profiles")
     (tmp_path / "locks").mkdir()
     work = (
-        "import os, sys, time; begin = time.time(); time.sleep(2);"
+        "import os, sys, time; from tocom.gpus import claim; claim(); begin = time.time(); time.sleep(2);"
         "print(os.environ['CUDA_VISIBLE_DEVICES'], begin, time.time(), file=open(sys.argv[1], 'w'))"
     )
     (tmp_path / "Snakefile").write_text(
         'rule all:\n    input: expand("{n}", n=range(4))\n'
         'rule one:\n    output: "{n}"\n    resources: gpu=1\n'
-        f"    shell: {f'{sys.executable} -m tocom.gpus -- {sys.executable} -c {chr(34)}{work}{chr(34)} {{output}}'!r}\n"
+        f"    shell: {f'{sys.executable} -c {chr(34)}{work}{chr(34)} {{output}}'!r}\n"
     )
     environment = program(tmp_path / "bin", "nvidia-smi", "#!/bin/sh\necho GPU-a\necho GPU-b\n")
     environment |= {"TMPDIR": str(tmp_path / "locks"), "PYTHONPATH": str(ROOT)}
@@ -243,12 +238,3 @@ def test_the_slurm_script_says_in_one_line_what_it_misses_and_leaves_nothing(tmp
     assert result.returncode == 1
     assert re.fullmatch(r"slurm.sh: error: .* is missing; .*\n|slurm.sh: error: .* not on PATH; .*\n", result.stderr)
     assert list(temporary.iterdir()) == []
-
-
-@pytest.mark.skipif(os.environ.get("TOCOM_TEST_SLURM") != "1", reason="TOCOM_TEST_SLURM=1 runs a real Slurm (as root)")
-def test_a_real_slurm_gives_the_same_cells():
-    result = subprocess.run(
-        ["bash", ROOT / "scripts" / "slurm.sh"], env=ENVIRONMENT, capture_output=True, text=True, timeout=1800
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "the cells are identical" in result.stdout

@@ -3,87 +3,70 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
-from tocom.errors import TocomError, suggest
-from tocom.files import load_arrays, write_text
-from tocom.settings import PLAIN, TOCOM
+from tocom.analysis.scores import METRICS, read_predictions
+from tocom.errors import TocomError
+from tocom.files import write_text
 
-#: Columns of cells.csv. compensator: "none", or the name of the variant that was offered; scale: the factor chosen
-#: for it (0: declined); gflops: of one image.
+#: What tells the cells of a study apart.
+KEYS = ("backbone", "method", "task", "seed", "train_degree", "infer_degree")
+#: Columns of cells.csv. scale: the factor chosen for the compensator (0: declined, or none); n: images, or labelled
+#: pixels; correct and accuracy: of these; gflops: of one image; score: in the metric of the study, a share.
 COLUMNS = (
-    "study",
-    "backbone",
-    "compressor",
-    "task",
-    "seed",
-    "train_degree",
-    "infer_degree",
-    "compensated",
-    "compensator",
-    "scale",
-    "n",
-    "correct",
-    "accuracy",
-    "gflops",
+    *("study", "backbone", "method", "compressor", "task", "seed", "train_degree", "infer_degree"),
+    *("compensated", "compensator", "scale", "n", "correct", "accuracy", "gflops", "metric", "score"),
 )
-KEYS = COLUMNS[:9]
+#: What rows are sorted by; rows that are equal in it keep the order of the files.
+_ORDER = ("backbone", "compressor", "task", "seed", "train_degree", "infer_degree", "compensated")
 #: Columns that stay text even where they look like numbers.
-TEXT = dict.fromkeys(("study", "backbone", "compressor", "task", "train_degree", "compensator"), str)
+TEXT = dict.fromkeys(("study", "backbone", "method", "compressor", "task", "train_degree", "compensator"), str)
 
 
-def prediction_file(root: os.PathLike, backbone: str, compressor: str, task: str, train_degree, seed: int) -> Path:
-    """Return where the workflow keeps the predictions of a checkpoint."""
-    return Path(root) / backbone / compressor / task / f"train-{train_degree}_seed-{seed}.safetensors"
+def _read_all(files: Iterable[os.PathLike]) -> Iterable[tuple[tuple, str, dict, NDArray]]:
+    """Yield the values of :data:`KEYS`, the metric, the cell and the record of every cell."""
+    found: dict[tuple, os.PathLike] = {}
+    for path in files:
+        meta, cells = read_predictions(path)
+        for cell, record in cells:
+            where = cell["seed"], str(cell["train_degree"]), cell["infer_degree"]
+            key = (meta["backbone"], cell["method"], meta["task"], *where)
+            if key in found:
+                raise TocomError(f"{path} and {found[key]} hold the same cell {key}; delete the older of the two")
+            found[key] = path
+            yield key, meta["metric"], cell, record
 
 
-def prediction_files(root: os.PathLike, cells: pd.DataFrame) -> list[tuple[str, Path]]:
-    """Return the (backbone, predictions file) pairs behind a table of cells."""
-    grid = cells[["backbone", "compressor", "task", "train_degree", "seed"]].drop_duplicates()
-    return [(point[0], prediction_file(root, *point)) for point in grid.itertuples(index=False)]
+def gather(study: str, files: Iterable[os.PathLike]) -> list[dict]:
+    """Return a row with :data:`COLUMNS` for each cell of some predictions files, sorted.
 
-
-def compensator_of(cell: dict) -> str:
-    """Return the compensator of a cell as predictions files describe it; old ones know of one variant only."""
-    return cell.get("compensator", TOCOM if cell["compensated"] else PLAIN)
-
-
-def gather(study: str, files: Sequence[tuple[str, os.PathLike]]) -> list[dict]:
-    """Return a row for each cell of the given (backbone, predictions file) pairs, sorted by the key columns.
-
-    Variants of the compensator keep the order in which they were evaluated: the first is the main one.
+    Raises:
+        TocomError: a file holds no predictions, or two hold the same cell.
     """
     rows = []
-    for backbone, path in files:
-        arrays, meta = load_arrays(path)
-        if "cells" not in meta:
-            raise TocomError(f"{path} holds no predictions; give files that `tocom evaluate` wrote")
-        labels = arrays["labels"]
-        for cell, predicted in zip(meta["cells"], arrays["predictions"], strict=True):
-            correct = int((predicted == labels).sum())
-            rows.append(
-                {
-                    "study": study,
-                    "backbone": backbone,
-                    "compressor": meta["compressor"],
-                    "task": meta["task"],
-                    "seed": meta["seed"],
-                    "train_degree": meta["train_degree"],
-                    "infer_degree": cell["infer_degree"],
-                    "compensated": cell["compensated"],
-                    "compensator": compensator_of(cell),
-                    "scale": cell["scale"],
-                    "n": len(labels),
-                    "correct": correct,
-                    "accuracy": correct / len(labels),
-                    "gflops": cell["gflops"],
-                }
-            )
-    return sorted(rows, key=lambda row: tuple(str(row[key]).zfill(6) for key in KEYS[:-1]))
+    for key, metric, cell, record in _read_all(files):
+        about = {name: cell[name] for name in ("compressor", "compensated", "compensator", "scale", "gflops")}
+        row = dict(zip(KEYS, key, strict=True)) | about | METRICS[metric].row(record) | {"metric": metric}
+        rows.append({name: study if name == "study" else row[name] for name in COLUMNS})
+    return sorted(rows, key=lambda row: tuple(str(row[key]).zfill(6) for key in _ORDER))
+
+
+#: Backbone, method, task, train degree, inference degree.
+Condition = tuple[str, str, str, str, int]
+#: Seed -> record of every test image [images, ...].
+BySeed = dict[int, NDArray]
+
+
+def records(files: Iterable[os.PathLike]) -> dict[Condition, BySeed]:
+    """Return the records of every condition and seed in some predictions files."""
+    found: dict[Condition, BySeed] = {}
+    for (*model, seed, train, infer), _, _, record in _read_all(files):
+        found.setdefault((*model, train, infer), {})[seed] = record
+    return found
 
 
 def write_rows(rows: Sequence[dict], path: str | os.PathLike, first_columns: dict[str, str] | None = None) -> None:
@@ -99,60 +82,23 @@ def concatenate(tables: Sequence[os.PathLike], path: str | os.PathLike) -> None:
 
 
 def read_cells(path: str | os.PathLike) -> pd.DataFrame:
-    """Read cells.csv, train_degree as text (it may be "random"); a file without variants gets their column.
+    """Read cells.csv, train_degree as text (it may be no number).
 
     Raises:
         TocomError: it is missing or lacks a column.
     """
     if not Path(path).is_file():
         raise TocomError(f"no such file: {path}; run the study first (snakemake --cores all)")
-    frame = with_compensator(pd.read_csv(path, dtype=TEXT, keep_default_na=False), after="compensated")
-    missing = [name for name in COLUMNS if name not in frame.columns]
+    return checked(pd.read_csv(path, dtype=TEXT, keep_default_na=False), COLUMNS, path)
+
+
+def checked(frame: pd.DataFrame, columns: Iterable[str], path: str | os.PathLike) -> pd.DataFrame:
+    """Return a table that was read from ``path``.
+
+    Raises:
+        TocomError: it lacks one of these columns.
+    """
+    missing = [name for name in columns if name not in frame.columns]
     if missing:
         raise TocomError(f"{path} lacks the column {missing[0]!r}; make it again with this version")
     return frame
-
-
-def with_compensator(frame: pd.DataFrame, after: str) -> pd.DataFrame:
-    """Return a table with the column compensator, put in behind the column ``after`` if a version before wrote it."""
-    if "compensator" in frame.columns or after not in frame.columns:
-        return frame
-    frame = frame.copy()
-    names = frame.compensated.map({True: TOCOM, False: PLAIN}) if "compensated" in frame.columns else TOCOM
-    frame.insert(frame.columns.get_loc(after) + 1, "compensator", names)
-    return frame
-
-
-def main_compensator(frame: pd.DataFrame, main: str | None = None) -> str:
-    """Return the variant of main tables and figures: ``main``, or else the first that the table has.
-
-    Raises:
-        TocomError: ``main`` was not evaluated.
-    """
-    names = [name for name in frame.compensator.unique() if name != PLAIN]
-    if main is not None and main not in names:
-        raise TocomError(f"no compensator {main!r} was evaluated{suggest(main, names)}; there are: {', '.join(names)}")
-    return main or next(iter(names), PLAIN)
-
-
-def only(frame: pd.DataFrame, compensator: str) -> pd.DataFrame:
-    """Return the rows of one variant, and those without a compensator."""
-    return frame[frame.compensator.isin([PLAIN, compensator])]
-
-
-#: Backbone, compressor, task, train degree, inference degree, compensator ("none": plain).
-Condition = tuple[str, str, str, str, int, str]
-#: Seed -> which test images were classified right [images] bool.
-BySeed = dict[int, np.ndarray]
-
-
-def correctness(files: Sequence[tuple[str, os.PathLike]]) -> dict[Condition, BySeed]:
-    """Return, for every condition and seed, which test images were classified right [images] bool."""
-    correct: dict[Condition, BySeed] = {}
-    for backbone, path in files:
-        arrays, meta = load_arrays(path)
-        model = (backbone, meta["compressor"], meta["task"], str(meta["train_degree"]))
-        for cell, predicted in zip(meta["cells"], arrays["predictions"], strict=True):
-            key = (*model, cell["infer_degree"], compensator_of(cell))
-            correct.setdefault(key, {})[meta["seed"]] = predicted == arrays["labels"]
-    return correct

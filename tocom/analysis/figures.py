@@ -1,6 +1,9 @@
-"""Figures from the tidy tables: accuracy against cost, gain by degrees, and the transfer of the gap."""
+"""Figures of a study: score against cost, gain by degrees, the transfer of the gap, and the curves of trainings."""
 
 from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
 
 import matplotlib
 
@@ -10,117 +13,366 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
-from tocom.analysis.significance import ALL, TOCOM_VS_PLAIN, scopes
+from tocom.analysis.curves import Curve, curves
+from tocom.analysis.planned import ALL, Scope, is_compensated, train_degrees
+from tocom.analysis.run import Pair, Run, strongest, transfer_methods, transferred
 from tocom.analysis.stats import stars
-from tocom.analysis.tables import signed
-from tocom.settings import NO_GAP, RANDOM
+from tocom.analysis.tables import DECLINED, NOT_PLANNED, NOT_RUN, gain_text, signed
+from tocom.settings import PLAIN
 
 #: Metadata without dates, so that the same numbers give the same bytes.
 CLEAN = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Producer": None, "Creator": None}}
+#: How many panels stand side by side, and the size of one (inches).
+_COLUMNS, _WIDTH, _HEIGHT = 3, 3.9, 3.3
+#: Up to so many tasks, a panel names them; how long a line of a title may be.
+_FEW, _TITLE = 3, 40
+#: Of methods without a fixed train degree; of the edge of a star, which is a model at the degree it was trained at.
+_NO_DEGREE, _EDGE = "0.35", "black"
+_STAR = {"marker": "*", "markersize": 9.5, "markeredgecolor": _EDGE, "markeredgewidth": 0.8, "linestyle": "none"}
+_MARKERS = "osD^vPX"
+#: Up to so many curves in a panel, the losses of their trainings are drawn, too.
+_READABLE = 4
+#: What a colour map keeps of a colour whose gain cannot be told from noise.
+_PALE = 0.35
 
 
-def style() -> None:
-    """Set the look of all figures."""
+def draw(run: Run, backbone: str) -> dict[str, Figure]:
+    """Return every figure of one backbone by name."""
     sns.set_theme(context="paper", style="whitegrid", font_scale=1.05)
     plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 160, "pdf.fonttype": 42, "font.family": "DejaVu Sans"})
+    figures = {"accuracy_vs_gflops": score_against_cost(run, backbone), "gain_heatmap": gain_heatmap(run, backbone)}
+    figures |= {"gap_transfer": gap_transfer(run, backbone)} if run.study.transfer else {}
+    there = curves(run, backbone)
+    return figures | ({"curves": training_curves(run, there)} if there else {})
 
 
-def accuracy_vs_gflops(cells: pd.DataFrame, groups: dict[str, str]) -> Figure:
-    """Draw accuracy against cost for each train degree, with and without ToCom; bands are one sd over seeds.
-
-    Args:
-        cells: the rows of one backbone, one compressor and one compensator. groups: task -> its group's name.
-    """
-    style()
-    panels = [scope for scope in scopes(groups) if scope.name != ALL]
-    columns = min(3, len(panels))
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(4.0 * columns, 3.1 * rows), squeeze=False, layout="constrained")
-    trains = sorted((t for t in cells.train_degree.unique() if t != RANDOM), key=int)
-    colours = dict(zip(trains, sns.color_palette("viridis", len(trains) + 1), strict=False))
-    for axis, scope in zip(axes.flat, panels, strict=False):
-        mine = cells[cells.task.isin(scope.tasks)]
-        mean = mine.groupby(["train_degree", "infer_degree", "compensated", "seed"], as_index=False)[
-            ["accuracy", "gflops"]
-        ].mean()
-        for train in trains:
-            for compensated, line in ((False, "--"), (True, "-")):
-                label = f"trained at {train}" + (" + ToCom" if compensated else "")
-                _line(axis, mean, train, compensated, label, color=colours[train], linestyle=line, marker="o")
-        if RANDOM in set(mean.train_degree):
-            _line(axis, mean, RANDOM, False, "trained at random degrees", color="0.35", linestyle=":", marker="s")
-        matched = mean[(mean.train_degree == mean.infer_degree.astype(str)) & ~mean.compensated]
-        matched = matched.groupby("infer_degree")[["accuracy", "gflops"]].mean()
-        axis.scatter(
-            matched.gflops, 100 * matched.accuracy, marker="*", s=90, color="crimson", zorder=5, label="matched"
-        )
-        axis.set(title=scope.name, xlabel="GFLOPs", ylabel="test accuracy (%)")
-    for axis in axes.flat[len(panels) :]:
+def _grid(n_panels: int, width: float, height: float, n_columns: int = _COLUMNS) -> tuple[Figure, list]:
+    """Return a figure and the axes of so many panels of a size."""
+    columns = min(n_columns, n_panels)
+    rows = -(-n_panels // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width * columns, height * rows), squeeze=False, layout="constrained"
+    )
+    for axis in axes.flat[n_panels:]:
         axis.set_axis_off()
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure, list(axes.flat[:n_panels])
+
+
+def _title(scope: Scope) -> str:
+    """Return the title of a group's panel, which names its tasks where they are few."""
+    if len(scope.tasks) == 1:
+        return scope.tasks[0]
+    few = len(scope.tasks) <= _FEW and scope.name != ALL
+    return textwrap.fill(f"{scope.name}: {', '.join(scope.tasks)}" if few else scope.name, _TITLE)
+
+
+def _colours(run: Run) -> dict[str, tuple]:
+    """Return a colour for each train degree, ascending."""
+    labels = sorted({label for method in run.study.methods for label in train_degrees(run.study, method)}, key=int)
+    many = plt.get_cmap("plasma")(np.linspace(0, 0.85, len(labels)))  # less its yellow, which white hides
+    palette = sns.color_palette("colorblind") if len(labels) <= 6 else many
+    return dict(zip(labels, map(tuple, palette), strict=False))
+
+
+def _legend(figure: Figure, handles: list) -> None:
+    """Put a legend below the panels, in as many columns as fit, or beside a single one; the figure grows by it."""
+    width, height = figure.get_size_inches()
+    widest = 0.45 + 0.085 * max(len(handle.get_label()) for handle in handles)
+    columns = int(width / widest)
+    if columns < 2:
+        figure.set_size_inches(width + widest, height)
+        figure.legend(handles=handles, loc="outside right center", frameon=False)
+    else:
+        figure.set_size_inches(width, height + 0.25 * -(-len(handles) // columns))
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False)
+
+
+# --- score against cost ---------------------------------------------------------------------------------------------
+
+
+def score_against_cost(run: Run, backbone: str) -> Figure:
+    """Draw the score against the share of the uncompressed model's GFLOPs: a panel a group of tasks.
+
+    Colours are for train degrees, lines for methods; each compressor has panels of its own. Of the compensated methods
+    that share models with a plain one, one is drawn: that of the pair declared first, or else the first. Bars are one
+    standard deviation over seeds. The first panel names the gain of the pair declared first at its strongest mismatch.
+    """
+    study, by_compressor = run.study, {}
+    for method in _drawn(run):
+        by_compressor.setdefault(study.methods[method].compressor.name, []).append(method)
+    colours, looks = _colours(run), _looks(run, by_compressor.values())
+    rows = [(methods, scope) for methods in by_compressor.values() for scope in run.scopes]
+    figure, axes = _grid(len(rows), _WIDTH, _HEIGHT, len(run.scopes) if 1 < len(run.scopes) < len(rows) else _COLUMNS)
+    for axis, (methods, scope) in zip(axes, rows, strict=True):
+        for number, method in enumerate(methods):
+            for label in study.train_degrees_of(method):
+                aside = number - (len(methods) - 1) / 2
+                _line(axis, run, backbone, method, scope, label, aside, colours.get(label, _NO_DEGREE), looks[method])
+        of = f"\n{run.title(methods[0])}" if len(by_compressor) > 1 else ""
+        cost = run.uncompressed(backbone, scope)
+        of_what = "GFLOPs" if np.isnan(cost) else f"% of the uncompressed model's {cost:.3g} GFLOPs"
+        axis.set(title=f"{_title(scope)}{of}", xlabel=of_what, ylabel=f"test {study.metric} (%)")
+        axis.locator_params(axis="x", nbins=6)
+    _point_out_gain(axes[0], run, backbone, rows[0], colours)
+    handles = [Line2D([], [], color=c, linewidth=3, label=f"trained at {label}") for label, c in colours.items()]
+    handles += [Line2D([], [], color=_NO_DEGREE, label=run.title(method), **look) for method, look in looks.items()]
+    handles += [Line2D([], [], color="white", label="trained at the degree it runs at", **_STAR)] if colours else []
+    _legend(figure, handles)
     return figure
 
 
-def _line(axis, mean: pd.DataFrame, train: str, compensated: bool, label: str, **look) -> None:
-    chosen = mean[(mean.train_degree == train) & (mean.compensated == compensated)]
-    if chosen.empty:
-        return
-    by_degree = chosen.groupby("infer_degree").agg(
-        gflops=("gflops", "mean"), accuracy=("accuracy", "mean"), sd=("accuracy", "std")
-    )
-    x, y, sd = by_degree.gflops, 100 * by_degree.accuracy, 100 * by_degree.sd.fillna(0.0)
-    axis.plot(x, y, label=label, markersize=3.5, linewidth=1.4, **look)
-    axis.fill_between(x, y - sd, y + sd, color=look["color"], alpha=0.12, linewidth=0)
+def _drawn(run: Run) -> list[str]:
+    """Return the methods to draw: all plain ones, and one compensated one of each family."""
+    headline = [method for pair in run.study.compare[:1] for method in pair]
+    one = [next((m for m in headline if m in ours), ours[0]) for _, ours in run.with_compensators()]
+    return [method for method in run.study.methods if method in one or not is_compensated(run.study, method)]
 
 
-def gain_heatmap(significance: pd.DataFrame) -> Figure:
-    """Draw the gain of ToCom over train and inference degrees, for each group of tasks; stars are corrected.
+def _looks(run: Run, rows: Sequence[Sequence[str]]) -> dict[str, dict]:
+    """Return the line and marker of each method; those in other rows of panels may look alike."""
+    looks = {}
+    for methods in rows:
+        for number, method in enumerate(methods):
+            fixed, filled = bool(train_degrees(run.study, method)), is_compensated(run.study, method)
+            look = {
+                "linestyle": ":" if not fixed else "-" if filled else "--",
+                "marker": _MARKERS[number % len(_MARKERS)],
+            }
+            # Hollow markers lie over filled ones, so that equal scores are seen to be two.
+            looks[method] = look | {"markersize": 4.5, "markerfacecolor": None if filled else "white"}
+    return looks
+
+
+def _x(run: Run, backbone: str, method: str, scope: Scope, infer: int) -> float:
+    """Return where a degree stands on the axis of the cost: GFLOPs alone where the share is unknown."""
+    share = run.share(backbone, method, scope, infer)
+    return run.cost(backbone, method, scope, infer) if np.isnan(share) else share
+
+
+def _line(
+    axis, run: Run, backbone: str, method: str, scope: Scope, train: str, aside: float, colour, look: dict
+) -> None:
+    """Draw one method from one train degree.
 
     Args:
-        significance: the rows of one backbone, one compressor and one compensator.
+        aside: by how many steps it is moved to the right, so that it hides no other.
     """
-    style()
-    chosen = significance[(significance.comparison == TOCOM_VS_PLAIN) & significance.group]
-    scopes = list(dict.fromkeys(chosen.scope))
-    largest = max(chosen.gain.abs().max(), 0.1)
-    width = 3.9 * len(scopes) + 0.6
-    figure, axes = plt.subplots(1, len(scopes), figsize=(width, 3.0), squeeze=False, layout="constrained")
-    for axis, scope in zip(axes.flat, scopes, strict=True):
-        mine = chosen[chosen.scope == scope].assign(
-            train_degree=lambda f: f.train_degree.astype(int),
-            text=lambda f: [signed(g) + stars(p) for g, p in zip(f.gain, f.p_images_holm, strict=True)],
-        )
-        gain = mine.pivot(index="train_degree", columns="infer_degree", values="gain")
-        text = mine.pivot(index="train_degree", columns="infer_degree", values="text").fillna("")
-        sns.heatmap(
-            gain, annot=text, fmt="", cmap="RdBu", center=0, vmin=-largest, vmax=largest, ax=axis,
-            cbar=scope == scopes[-1], cbar_kws={"label": "gain of ToCom (points)"}, linewidths=0.5,
-            annot_kws={"size": 8},
-        )  # fmt: skip
-        axis.grid(False)
-        axis.set(title=scope, xlabel="inference degree", ylabel="train degree")
+    degrees = sorted(run.study.infer_degrees_of(method))
+    runs = {n: run.score(backbone, method, scope, train, n) for n in degrees}
+    there = [n for n in degrees if not runs[n].empty]
+    x = np.array([_x(run, backbone, method, scope, n) for n in there])
+    x = x + aside * 0.008 * np.ptp(x) if len(x) else x
+    y, sd = (np.array([getattr(runs[n], what)() for n in there]) for what in ("mean", "std"))
+    order = 2 if is_compensated(run.study, method) else 3
+    bars = {"elinewidth": 0.8, "markeredgewidth": 1.0, "alpha": 0.9}
+    axis.errorbar(x, y, np.nan_to_num(sd), color=colour, linewidth=1.4, zorder=order, **bars, **look)
+    if train in map(str, there) and not is_compensated(run.study, method):
+        at = there.index(int(train))
+        axis.plot(x[at], y[at], color=colour, zorder=4, **_STAR)
+
+
+def _point_out_gain(axis, run: Run, backbone: str, row: tuple[Sequence[str], Scope], colours: dict) -> None:
+    """Write the gain of the pair declared first into a panel, where its mismatch is strongest, if both are there."""
+    methods, scope = row
+    pair = run.study.compare[0] if run.study.compare else ()
+    found = strongest(run, backbone, pair, scope) if pair and set(pair) <= set(methods) else None
+    if found is None:
+        return
+    x, colour = _x(run, backbone, pair[1], scope, found.infer), colours[found.train]
+    before, after = found.before.mean(), found.after.mean()
+    (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
+    axis.set(xlim=(left - 0.05 * (right - left), right), ylim=(low - 0.3 * (high - low), high))  # room for both
+    x -= 0.05 * (right - left)
+    arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 2.2, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 12}
+    axis.annotate("", (x, after), (x, before), arrowprops=arrow, zorder=6)
+    leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "relpos": (0, 1), "shrinkA": 2, "shrinkB": 2}
+    text = f"{run.title(pair[1])}\n{_in_points(found)}"
+    style = {"va": "bottom", "fontsize": 10, "fontweight": "bold", "color": colour}
+    axis.annotate(text, (x, before), (0.08, 0.03), textcoords="axes fraction", arrowprops=leader, **style)
+
+
+def _in_points(found: Pair) -> str:
+    gain, _, interval = gain_text(found.test, found.declined).partition(" ")
+    return f"{gain} points {interval}" if interval else gain
+
+
+# --- maps -----------------------------------------------------------------------------------------------------------
+
+
+_CMAP = plt.get_cmap("RdBu")
+
+
+def _map(axis, numbers: pd.DataFrame, texts: pd.DataFrame, largest: float, pale: pd.DataFrame | None = None) -> None:
+    """Draw numbers as colours, blue above and red below 0, with their texts.
+
+    Args:
+        texts: also of cells without a number, which are white.
+        pale: cells whose colour is faded and whose text is grey; none by default.
+    """
+    pale = numbers.isna() if pale is None else pale | numbers.isna()
+    colours = _CMAP(Normalize(-largest, largest)(numbers.fillna(0.0).to_numpy()))[..., :3]
+    keep = np.where(numbers.isna(), 0.0, np.where(pale, _PALE, 1.0))[..., None]
+    colours = keep * colours + 1 - keep
+    rows, columns = numbers.shape
+    axis.imshow(colours, aspect="auto", extent=(0, columns, rows, 0))
+    axis.set_xticks(np.arange(columns) + 0.5, numbers.columns)
+    axis.set_yticks(np.arange(rows) + 0.5, numbers.index)
+    axis.set_xticks(np.arange(columns + 1), minor=True)
+    axis.set_yticks(np.arange(rows + 1), minor=True)
+    axis.grid(visible=False)
+    axis.grid(visible=True, which="minor", color="0.88", linewidth=0.8)
+    axis.tick_params(which="both", length=0)
+    sns.despine(ax=axis, left=True, bottom=True)
+    for row, column in np.ndindex(rows, columns):
+        dark = colours[row, column] @ (0.3, 0.59, 0.11) < 0.5
+        look = "0.45" if pale.iloc[row, column] else "white" if dark else "black"
+        text, size = texts.iloc[row, column], 8 if keep[row, column, 0] else 7
+        weight = "normal" if pale.iloc[row, column] else "bold"
+        axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=look, size=size, weight=weight)
+
+
+def _colour_bar(figure: Figure, axes: list, label: str, largest: float) -> None:
+    shrink = min(1.0, 4 / figure.get_figheight())
+    scale = plt.cm.ScalarMappable(Normalize(-largest, largest), _CMAP)
+    label = textwrap.fill(label, int(11 * min(4, figure.get_figheight())))
+    bar = figure.colorbar(scale, ax=axes, label=label, fraction=0.05, pad=0.02, aspect=25, shrink=shrink)
+    bar.outline.set_visible(False)
+
+
+def gain_heatmap(run: Run, backbone: str) -> Figure:
+    """Draw the gain of the pair that is declared first over its degrees, for each group of tasks.
+
+    What is not significant is pale; what was declined everywhere or not run has no colour and says so.
+    """
+    if not run.study.compare:
+        return _nothing("no methods to compare are declared")
+    before, after = run.study.compare[0]
+    found = {scope: run.pairs(backbone, (before, after), scope) for scope in run.scopes}
+    keys = list(found[run.scopes[0]])
+    index = {"index": list(dict.fromkeys(train for train, _ in keys)), "columns": sorted({infer for _, infer in keys})}
+    largest = max([0.1, *(abs(pair.gain) for pairs in found.values() for pair in pairs.values() if pair.is_run)])
+    size = max(2.6, 0.72 * len(index["columns"]) + 0.9), max(2.2, 0.5 * len(index["index"]) + 1.0)
+    figure, axes = _grid(len(found), *size)
+    for axis, (scope, pairs) in zip(axes, found.items(), strict=True):
+        numbers, texts, pale = (pd.DataFrame(value, **index) for value in (np.nan, NOT_PLANNED, True))
+        for key, pair in pairs.items():
+            texts.loc[key] = DECLINED if pair.declined and pair.is_run else NOT_RUN
+            if pair.is_run and not pair.declined:
+                star = "" if pair.test is None else stars(pair.test.p_images_holm)
+                numbers.loc[key], texts.loc[key], pale.loc[key] = pair.gain, signed(pair.gain) + star, not star
+        _map(axis, numbers, texts, largest, pale)
+        axis.set(title=_title(scope), xlabel="inference degree", ylabel="train degree")
+    _colour_bar(figure, axes, f"gain in points of {run.title(after)} over {run.title(before)}", largest)
     return figure
 
 
-def gap_transfer(transfer: pd.DataFrame) -> Figure:
+def gap_transfer(run: Run, backbone: str) -> Figure:
     """Draw what each task's gap between two degrees does for each task, in points over adding none."""
-    style()
-    mean = transfer.groupby(["source_task", "target_task"]).accuracy.mean().unstack() * 100
-    tasks = list(dict.fromkeys(transfer.target_task))
-    gain = (mean - mean.loc[NO_GAP]).loc[tasks, tasks]
-    largest = max(np.abs(gain.to_numpy()).max(), 0.1)
-    figure, axis = plt.subplots(figsize=(1.1 * len(tasks) + 2.2, 0.8 * len(tasks) + 1.6), layout="constrained")
-    sns.heatmap(
-        gain, annot=True, fmt="+.1f", cmap="RdBu", center=0, vmin=-largest, vmax=largest, ax=axis, linewidths=0.5,
-        cbar_kws={"label": "gain over adding no gap (points)"},
-    )  # fmt: skip
-    first = transfer.iloc[0]
-    axis.set(
-        title=f"Gap {first.train_degree} → {first.infer_degree} of one task, added to another",
-        xlabel="task that is evaluated",
-        ylabel="task whose gap is added",
-    )
+    methods, tasks = transfer_methods(run.study), list(run.study.groups)
+    changes = {method: transferred(run, backbone, method) for method in methods}
+    means = {
+        method: frame[frame.source_task != PLAIN].groupby(["source_task", "target_task"]).change.mean().unstack()
+        for method, frame in changes.items()
+    }
+    means = {method: mean.reindex(index=tasks, columns=tasks).astype(float) for method, mean in means.items()}
+    largest = np.nanmax([0.1, *(np.abs(mean.to_numpy()).max(initial=0) for mean in means.values())])
+    figure, axes = _grid(len(methods), 0.9 * len(tasks) + 1.6, 0.6 * len(tasks) + 1.3)
+    for axis, method in zip(axes, methods, strict=True):
+        degrees = train_degrees(run.study, method)
+        texts = means[method].map(lambda value: "" if np.isnan(value) else signed(value))
+        _map(axis, means[method], texts, largest)
+        title = f"Gap {degrees[0]} → {degrees[-1]} of one task, added to another\n({run.title(method)})"
+        axis.set(title=title, xlabel="task that is evaluated", ylabel="task whose gap is added")
+        axis.tick_params(axis="x", rotation=45 if max(map(len, tasks)) > 10 else 0)
+    _colour_bar(figure, axes, "change in points over adding no gap", largest)
+    return figure
+
+
+# --- curves ---------------------------------------------------------------------------------------------------------
+
+
+def training_curves(run: Run, there: Sequence[Curve]) -> Figure:
+    """Draw the validation score by epoch, a panel a task, and the held-out loss of parts that were learned in one more.
+
+    Thin lines are seeds, thick ones their mean. Where a panel has few curves, the losses of the trainings are dashed.
+    """
+    tuned, learned = ([curve for curve in there if (curve.task is None) == is_part] for is_part in (False, True))
+    tasks = [task for task in run.study.task_names if any(curve.task == task for curve in tuned)]
+    markers = dict(zip(dict.fromkeys(curve.method for curve in tuned), _MARKERS * len(there), strict=False))
+    with_losses = len({(curve.method, curve.train) for curve in tuned}) <= _READABLE
+    figure, axes = _grid(len(tasks) + bool(learned), _WIDTH, _HEIGHT)
+    for axis, task in zip(axes, tasks, strict=False):
+        _by_epoch(axis, task, f"validation {run.study.metric} (%)")
+        _task_panel(axis, run, [curve for curve in tuned if curve.task == task], markers, with_losses)
+    if learned:
+        _learned_panel(axes[-1], run, learned)
+    _legend(figure, _curve_handles(run, there, markers, bool(tasks) and with_losses))
+    return figure
+
+
+def _task_panel(axis, run: Run, of_task: Sequence[Curve], markers: dict[str, str], with_losses: bool) -> None:
+    losses, colours = axis.twinx() if with_losses else None, _colours(run)
+    if losses:
+        losses.set(ylabel="training loss")
+        losses.grid(visible=False)
+    # Accuracy is kept as a share, mIoU in percent.
+    unit = 100 if run.study.metric == "accuracy" else 1
+    groups: dict[tuple[str, str], list[pd.DataFrame]] = {}
+    for curve in of_task:
+        groups.setdefault((curve.method, curve.train), []).append(curve.read())
+    for (method, train), frames in groups.items():
+        scores = unit * pd.concat([frame.held_out for frame in frames], axis=1)
+        look = {"color": colours.get(train, _NO_DEGREE)}
+        if len(frames) > 1:
+            axis.plot(scores, linewidth=0.6, alpha=0.5, **look)
+        axis.plot(scores.mean(axis=1), marker=markers[method], markersize=4, **look)
+        if losses:
+            loss = pd.concat([frame.loss for frame in frames], axis=1).mean(axis=1)
+            losses.plot(loss, linestyle="--", linewidth=1.0, alpha=0.7, **look)
+
+
+def _by_epoch(axis, title: str, label: str) -> None:
+    axis.set(title=title, xlabel="epoch", ylabel=label)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _learned_panel(axis, run: Run, learned: Sequence[Curve]) -> None:
+    """Draw the loss of parts that were learned: on held-out images, without the part (dotted), and of the training."""
+    _by_epoch(axis, "learned parts", "held-out loss")
+    for curve, colour in zip(learned, sns.color_palette("dark", len(learned)), strict=True):
+        frame = curve.read()
+        axis.plot(-frame.held_out, color=colour, marker="o", markersize=4, label=run.title(curve.method))
+        axis.plot(frame.loss, color=colour, linestyle="--", linewidth=1.0, alpha=0.7)
+        if curve.without is not None:
+            axis.axhline(curve.without, color=colour, linestyle=":", linewidth=1.2)
+    axis.legend(fontsize=7)
+
+
+def _curve_handles(run: Run, there: Sequence[Curve], markers: dict[str, str], with_losses: bool) -> list[Line2D]:
+    """Return what the legend of the curves says."""
+    colours, tuned = _colours(run), [curve for curve in there if curve.task]
+
+    def line(label: str, color=_NO_DEGREE, **look) -> Line2D:
+        return Line2D([], [], color=color, label=label, **look)
+
+    handles = [
+        line(f"trained at {train}{'' if train in colours else ' degrees'}", colours.get(train, _NO_DEGREE), linewidth=3)
+        for train in dict.fromkeys(curve.train for curve in tuned)
+    ]
+    handles += [line(run.title(m), marker=marker) for m, marker in markers.items()] if len(markers) > 1 else []
+    handles += [line("each seed (thick: mean)", linewidth=0.6)] if len({curve.seed for curve in tuned}) > 1 else []
+    handles += [line("training loss", linestyle="--")] if with_losses or len(tuned) < len(there) else []
+    without = any(curve.without is not None for curve in there)
+    return handles + ([line("without the learned part", linestyle=":")] if without else [])
+
+
+def _nothing(why: str) -> Figure:
+    figure, (axis,) = _grid(1, _WIDTH, 1.0)
+    axis.set_axis_off()
+    axis.text(0.5, 0.5, why, ha="center", va="center")
     return figure

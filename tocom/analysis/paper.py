@@ -1,111 +1,100 @@
 """Tables in the paper's form (arXiv 2408.06798): one form for each kind of study.
 
-What they show is what the study's config asks for, not what happens to be there: a planned cell that is missing from
-cells.csv is "not run", and so is a whole study without a folder. Published figures stand beside ours, marked as such,
-where ours are of the same model and tasks; of the paper's tables nothing else is at hand, which a dash stands for.
+What they show is what the study asks for, not what happens to be there: a planned cell that is missing from cells.csv
+is "not run", and so is a whole study without a folder. Published figures stand beside ours, marked as such, where ours
+are of the same model and tasks; of the paper's tables nothing else is at hand, which a dash stands for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
-from pathlib import Path
+from dataclasses import replace
+from itertools import product
 from typing import Any
 
-import pandas as pd
-
-from tocom.analysis.grid import Grid
-from tocom.analysis.report import write_pages
-from tocom.analysis.run import CompensatorFiles, Run, best_mean, largest, transfer_change, transfer_without
-from tocom.analysis.significance import VTAB
+from tocom.analysis.planned import VTAB, same_models, train_degrees
+from tocom.analysis.run import Compared, Pair, Run, best_mean, largest, published_gain, transfer_methods, transferred
 from tocom.analysis.tables import (
-    GAIN_CAPTION,
-    LINES_CAPTION,
-    METHOD,
+    NOT_PLANNED,
     NOT_RUN,
     VTAB_NOTE,
-    Pair,
-    Results,
     Table,
     Text,
-    accuracy_text,
     averages,
-    degree_rows,
+    declined_note,
     degree_table,
+    degree_tables,
+    gain_caption,
+    gain_cell,
     gain_text,
-    p_text,
+    learned_in_vain,
+    learning_note,
+    score_name,
+    score_text,
     signed,
 )
-from tocom.errors import TocomError, suggest
-from tocom.files import load_arrays
+from tocom.errors import TocomError
+from tocom.settings import PLAIN
 
 #: Stands for a figure of the paper that is not at hand.
 NOT_AT_HAND = "—"
-#: What a caption says where nothing published can stand beside ours, with a column of dashes and without.
-_MISSING = "the full tables of the paper (arXiv 2408.06798) are not at hand."
-DASH_CAPTION, MISSING_CAPTION = f"{NOT_AT_HAND}: {_MISSING}", f"Published figures: none, {_MISSING}"
+#: What a caption says where nothing published can stand beside ours.
+MISSING_CAPTION = "Published figures: none, the full tables of the paper (arXiv 2408.06798) are not at hand."
 #: What a caption says of the published largest gain, and of our interval beside it.
 LARGEST_CAPTION = "The interval is that of the pair, not corrected for having been picked."
 READING_CAPTION = (
     "The published figure is the maximum improvement of the average performance (abstract of arXiv 2408.06798), with "
     "DeiT-B and ToMe; whether that is the gain of a pair of degrees or the mean over inference degrees is uncertain."
 )
-#: What a compressor does with the tokens that it removes.
-REMOVES = {"tome": "merging", "evit": "pruning", "evit_fuse": "pruning, the rest fused"}
-
-
-def where(backbone: str, compressor: str) -> str:
-    """Return what a title calls a model."""
-    return f"{backbone}, {METHOD.get(compressor, compressor)}"
 
 
 def _label(*parts: str) -> str:
-    return "-".join(("paper", *parts)).replace(" ", "-")
+    return "-".join(("paper", *parts))
 
 
 # --- the forms ----------------------------------------------------------------------------------------------------
 
 
 def _degrees(run: Run) -> list[Table]:
-    """Every train degree against every inference degree, then the largest gain beside the published one."""
-    tables = []
-    for backbone, compressor in run.grid.models:
-        for scope in run.scopes:
-            title = f"{scope.title} ({where(backbone, compressor)})"
-            frames = run.of(backbone, compressor)
-            label = _label(backbone, compressor, scope.name)
-            tables.append(degree_table(*frames, scope, run.grid, compressor, title, label))
-    return [*tables, _largest_gains(run)]
+    """A table a backbone: every train degree against every inference degree; then the largest gains."""
+    return [*degree_tables(run, run.scopes), largest_gains(run)]
 
 
-def _largest_gains(run: Run) -> Table:
-    rows = []
-    for scope in run.scopes:
-        for backbone, compressor in run.grid.models:
-            best = largest(run, backbone, compressor, scope)
-            mean = best_mean(run, backbone, compressor, scope)
-            published = run.published(scope, backbone, compressor)
-            rows.append(
-                [
-                    Text(scope.name),
-                    Text(where(backbone, compressor)),
-                    Text(gain_text(best.test) if best else NOT_RUN),
-                    Text(degrees_text(best) if best else NOT_RUN),
-                    accuracy_text(mean[1], len(run.grid.seeds), show=signed) if mean else Text(NOT_RUN),
-                    Text(mean[0] if mean else NOT_RUN),
-                    Text(published.text() if published else NOT_AT_HAND),
-                ]
-            )
+def _backbones(run: Run) -> list[Table]:
+    """One table with a block a backbone; then the largest gains."""
+    tables = [
+        degree_table(run, scope, run.backbones, f"{scope.title} by backbone", _label("backbone", scope.name))
+        for scope in run.scopes
+    ]
+    return [*tables, largest_gains(run)]
+
+
+def largest_gains(run: Run) -> Table:
+    """Return the largest gain of every pair of methods that share models, beside the published one."""
+    rows, seeds = [], len(run.study.seeds)
+    for scope, backbone, pair in product(run.scopes, run.backbones, same_models(run.study)):
+        best, mean = largest(run, backbone, pair, scope), best_mean(run, backbone, pair, scope)
+        texts = [scope.name, where(run, backbone, pair), gain_text(best.test, best.declined) if best else NOT_RUN]
+        texts += [degrees_text(best) if best else NOT_RUN]
+        texts += [score_text(mean[1], seeds, show=signed).text if mean else NOT_RUN, mean[0] if mean else NOT_RUN]
+        rows.append([Text(text) for text in (*texts, published_gain(run, scope, backbone, pair) or NOT_AT_HAND)])
     caption = (
-        "The largest gain of +ToCom over the plain model among all pairs of a train and another inference degree, "
-        f"averaged over the tasks of the group and {len(run.grid.seeds)} seeds. {GAIN_CAPTION} {LARGEST_CAPTION} "
-        "Mean gain: over all inference degrees but the train degree, in points, ± standard deviation over seeds, from "
-        f"the train degree where it is largest. {READING_CAPTION} {NOT_AT_HAND}: none is at hand."
+        "The largest gain among all pairs of a train and another inference degree, averaged over the group's tasks and "
+        f"{seeds} seeds. {gain_caption(run)} {LARGEST_CAPTION} Mean gain: over all inference degrees but the train "
+        "degree, in points, ± standard deviation over seeds, from the train degree where it is largest. "
+        f"{READING_CAPTION} {NOT_AT_HAND}: none is at hand."
     )
     caption += f" {VTAB_NOTE}." if any(scope.name == VTAB for scope in run.scopes) else ""
+    caption += declined_note(rows)
     header = ["tasks", "model", "largest gain of a pair (ours)", "train → inference"]
     header += ["largest mean gain (ours)", "train degree", "published"]
+    rows = rows or [[Text(NOT_PLANNED)] * len(header)]
     return Table("Largest average gain", caption, header, rows, _label("largest"))
+
+
+def where(run: Run, backbone: str, pair: Compared) -> str:
+    """Return what tables call a backbone with two methods."""
+    return f"{backbone}, {run.title(pair[1])} over {run.title(pair[0])}"
 
 
 def degrees_text(found: Pair) -> str:
@@ -113,70 +102,32 @@ def degrees_text(found: Pair) -> str:
     return f"{found.train} → {found.infer}"
 
 
-def _models(run: Run, first: str) -> list[Table]:
-    """A block a model: every train degree against every inference degree; then the largest gains.
-
-    Args:
-        first: what the blocks are, "backbone" or "compressor".
-    """
-    if not run.grid.fixed_train_degrees:
-        raise TocomError("this form of table needs a fixed train degree; give one in train_degrees besides random")
-    tables = []
-    for scope in run.scopes:
-        rows, rules = [], []
-        for backbone, compressor in run.grid.models:
-            block, inner = degree_rows(Results.of(*run.of(backbone, compressor), scope), run.grid, compressor)
-            name = backbone if first == "backbone" else REMOVES.get(compressor, compressor)
-            name += f" ({backbone})" if first == "compressor" and len(run.grid.backbones) > 1 else ""
-            rules += [len(rows) + number for number in ([0] if rows else []) + inner]
-            rows += [[Text(f"{name}, {line[0].text}" if line[0].text else ""), *line[1:]] for line in block]
-        caption = (
-            f"Test accuracy in % of each {first} by train degree, at each inference degree, "
-            f"{averages(scope, len(run.grid.seeds))}. {GAIN_CAPTION} {LINES_CAPTION} Published figures: in the last "
-            f"table; {_MISSING}"
-        )
-        header = [f"{first}, train degree", "method", *map(str, sorted(run.grid.infer_degrees))]
-        title = f"{scope.title} by {first}"
-        tables.append(Table(title, caption, header, rows, _label(first, scope.name), tuple(rules)))
-    return [*tables, _largest_gains(run)]
-
-
 def _speedup(run: Run) -> list[Table]:
-    """Trained compressed, run at the lowest inference degree: what training gains in speed and loses in accuracy."""
-    infer, n_seeds = min(run.grid.infer_degrees), len(run.grid.seeds)
+    """Trained compressed, run at the lowest inference degree: what training gains in speed and loses in score."""
+    methods = {run.title(family[0]): family[0] for family in run.by_degree()}
     tables = []
-    for backbone, compressor in run.grid.models:
-        frames = run.of(backbone, compressor)
-        for scope in run.scopes:
-            results = Results.of(*frames, scope)
-            own = accuracy_text(results.accuracy(str(infer), infer), n_seeds)
-            rows = []
-            for train in run.grid.fixed_train_degrees:
-                found = results.pair(train, infer)
-                speed = _training_speed(run.throughput, backbone, compressor, int(train))
-                accuracies = [accuracy_text(values, n_seeds) for values in (found.plain, found.ours)]
-                rows.append([Text(train), *map(Text, speed), *accuracies, found.gain(), own, Text(NOT_AT_HAND)])
-            caption = (
-                "Training speed: images a second in a training step compressed to the train degree, and that over the "
-                f"speed without compression. Test accuracy in % at inference degree {infer}, "
-                f"{averages(scope, n_seeds)}. {GAIN_CAPTION} Published: {DASH_CAPTION}"
-            )
-            plain = METHOD.get(compressor, compressor)
-            header = ["train degree", "training images/s", "training speed-up", plain, f"{plain} + ToCom", "gain"]
-            title = f"{scope.title}: trained compressed, run at degree {infer} ({where(backbone, compressor)})"
-            label = _label(backbone, compressor, scope.name, "speedup")
-            tables.append(Table(title, caption, [*header, f"trained at {infer}", "published"], rows, label))
+    for backbone, scope in product(run.backbones, run.scopes):
+        title = f"{scope.title}: trained compressed, run at degree {run.infer_degrees[0]} ({backbone})"
+        table = degree_table(run, scope, [backbone], title, _label(backbone, scope.name, "speedup"))
+        rows = []
+        for train, method, score, *_ in table.rows:
+            speed = ("", "")
+            if train.text.isdigit():
+                speed = _training_speed(run, backbone, methods[method.text], int(train.text))
+            rows.append([train, method, score, *map(Text, speed)])
+        header = [*table.header[:3], "training images/s", "training speed-up"]
+        caption = (
+            f"{table.caption} Training speed: images a second in a training step compressed to the train degree, and "
+            f"that over the speed without compression. {MISSING_CAPTION}"
+        )
+        tables.append(replace(table, header=header, rows=rows, caption=caption))
     return tables
 
 
-def _training_speed(throughput: pd.DataFrame, backbone: str, compressor: str, degree: int) -> tuple[str, str]:
-    columns = ("train_images_per_second", "train_speedup")
-    chosen = throughput[
-        (throughput.backbone == backbone)
-        & (throughput.compressor == compressor)
-        & (throughput.infer_degree == degree)
-        & ~throughput.compensated.astype(bool)
-    ].reindex(columns=list(columns))
+def _training_speed(run: Run, backbone: str, method: str, degree: int) -> tuple[str, str]:
+    frame = run.throughput
+    same = (frame.backbone == backbone) & (frame.method == method) & (frame.infer_degree == degree)
+    chosen = frame[same].reindex(columns=["train_images_per_second", "train_speedup"])
     if chosen.empty or chosen.iloc[0].isna().any():
         return NOT_RUN, NOT_RUN
     images, ratio = chosen.iloc[0].astype(float)
@@ -184,145 +135,112 @@ def _training_speed(throughput: pd.DataFrame, backbone: str, compressor: str, de
 
 
 def _ablation(run: Run) -> list[Table]:
-    """A block a variant of the compensator: accuracy and gain at every mismatch, and how well it was distilled."""
-    n_seeds, scope = len(run.grid.seeds), run.scopes[-1]
-    tables = []
-    for backbone, compressor in run.grid.models:
-        results = Results.of(*run.of(backbone, compressor), scope)
-        plain = [results.accuracy(*degrees) for degrees in run.grid.mismatches]
-        kl = _held_out_kl(run, backbone, compressor, run.grid.main, "held_out_kl_without")
-        rows = [[Text("none"), Text("plain"), *[accuracy_text(values, n_seeds) for values in plain], Text(kl)]]
+    """A block a compensated method: score and gain at every mismatch, and how well its compensator was learned."""
+    seeds, scope, tables = len(run.study.seeds), run.scopes[-1], []
+    for backbone, (plain, ours) in product(run.backbones, run.with_compensators()):
+        pairs = {method: run.pairs(backbone, (plain, method), scope) for method in ours}
+        degrees = sorted({key for found in pairs.values() for key in found}, key=lambda key: (int(key[0]), key[1]))
+        files = [run.learned_file(backbone, method) for method in ours]
+        scores = [score_text(run.score(backbone, plain, scope, *key), seeds) for key in degrees]
+        without = _held_out_kl(run, backbone, ours[0], "held_out_kl_without")
+        rows = [[Text(run.title(plain)), Text("plain"), *scores, Text(without)]]
         rules = []
-        for name, changes in run.grid.compensators.items():
-            results = Results.of(*run.of(backbone, compressor, name), scope)
-            pairs = [results.pair(*degrees) for degrees in run.grid.mismatches]
-            accuracies = [accuracy_text(found.ours, n_seeds) for found in pairs]
-            kl = "–" if _is_shared(run, backbone, compressor, name) else _held_out_kl(run, backbone, compressor, name)
+        for number, method in enumerate(ours):
+            scores = [score_text(run.score(backbone, method, scope, *key), seeds) for key in degrees]
+            # A file that a method before has was not learned for this one.
+            kl = "–" if files[number] in files[:number] else _held_out_kl(run, backbone, method, "held_out_kl")
             rules.append(len(rows))
-            rows.append([Text(name), Text(_changes_text(changes)), *accuracies, Text(kl)])
-            rows.append([Text(""), Text("gain"), *[_tested_gain(found) for found in pairs], Text("")])
+            changes = _changes_text(run.study.methods[method].changes)
+            rows.append([Text(run.title(method)), Text(changes or "as configured"), *scores, Text(kl)])
+            gains = [gain_cell(pairs[method].get(key), with_p=True) for key in degrees]
+            rows.append([Text(""), Text("gain"), *gains, Text("")])
         caption = (
-            f"Test accuracy in % at each train → inference degree, {averages(scope, n_seeds)}. {GAIN_CAPTION} p: of "
-            "that test; each variant is a family of its own. KL: of the student from the teacher on held-out images "
-            "(nats), at the scale that the compensator was trained at; – where only the scale differs. "
-            f"{MISSING_CAPTION}"
+            f"{learning_note(run, [backbone], ours)}{score_name(run)} at each train → inference degree, "
+            f"{averages(scope, seeds)}. {gain_caption(run)} p: of "
+            "that test; each method is a family of its own. KL: of the student from the teacher on held-out images "
+            "(nats), at the scale that the compensator was learned at; – where nothing was learned for it alone. "
+            f"{MISSING_CAPTION}{declined_note(rows)}"
         )
-        degrees = [f"{train} → {infer}" for train, infer in run.grid.mismatches]
-        title = f"{scope.title} by compensator ({where(backbone, compressor)})"
-        label = _label(backbone, compressor, "ablation")
-        tables.append(Table(title, caption, ["compensator", "changes", *degrees, "KL"], rows, label, tuple(rules)))
+        header = ["method", "changes", *(f"{train} → {infer}" for train, infer in degrees), "KL"]
+        title = f"{scope.title} by compensator ({backbone}, {run.title(plain)})"
+        tables.append(Table(title, caption, header, rows, _label(backbone, plain, "ablation"), tuple(rules)))
     return tables
 
 
 def _changes_text(changes: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key} = {_plain(value)}" for key, value in changes.items()) or "as configured"
+    parts = [
+        _changes_text(value) if isinstance(value, Mapping) else f"{key} = {_plain(value)}"
+        for key, value in changes.items()
+        if key != "kind"
+    ]
+    return ", ".join(part for part in parts if part)
 
 
 def _plain(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def _tested_gain(found: Pair) -> Text:
-    if not found.is_run or found.test is None:
-        return found.gain()
-    p = p_text(found.test.p_images_holm)
-    return Text(f"{found.gain().text}, p {p if p.startswith('<') else f'= {p}'}")
-
-
-def _is_shared(run: Run, backbone: str, compressor: str, name: str) -> bool:
-    """Return whether a variant was not distilled for itself: its file is that of a variant before it."""
-    variants = list(run.grid.compensators)
-    before = [run.compensators.get((backbone, compressor, other)) for other in variants[: variants.index(name)]]
-    file = run.compensators.get((backbone, compressor, name))
-    return file is not None and file in before
-
-
-def _held_out_kl(run: Run, backbone: str, compressor: str, name: str, key: str = "held_out_kl") -> str:
-    """Return what a compensator's file says, a dash where that is unknown."""
-    if not run.compensators:
-        return "–"
-    file = run.compensators.get((backbone, compressor, name))
-    if file is None or not Path(file).is_file():
+def _held_out_kl(run: Run, backbone: str, method: str, key: str) -> str:
+    """Return what the file of what was learned says, a dash where that is nothing."""
+    file, kl = run.learned_file(backbone, method), run.learned(backbone, method).get(key)
+    if file is not None and not file.is_file():
         return NOT_RUN
-    kl = load_arrays(file)[1].get(key)
-    return "–" if kl is None else f"{round(kl, 4) + 0.0:.4f}"  # never "-0.0000"
+    in_vain = " (no better than without)" if key == "held_out_kl" and learned_in_vain(run, backbone, method) else ""
+    return "–" if kl is None else f"{round(kl, 4) + 0.0:.4f}{in_vain}"  # never "-0.0000"
 
 
 def _transfer(run: Run) -> list[Table]:
     """Which task's gap does what to which task, in points over adding none."""
-    train, infer = _gap_degrees(run.grid)
-    tables = []
-    for backbone, compressor in run.grid.models:
-        change, without = (find(run, backbone, compressor) for find in (transfer_change, transfer_without))
-        n_seeds = len(run.grid.seeds)
-        own = [100 * without[without.target_task == target].set_index("seed").accuracy for target in run.groups]
-        rows = [[Text("none"), Text("accuracy"), *[accuracy_text(by_seed, n_seeds) for by_seed in own]]]
-        for source in run.groups:
-            found = [change[(change.source_task == source) & (change.target_task == target)] for target in run.groups]
-            rows.append(
-                [Text(source), Text("change"), *[accuracy_text(some.points, n_seeds, show=signed) for some in found]]
-            )
+    methods, seeds, tables = transfer_methods(run.study), len(run.study.seeds), []
+    if not methods:
+        raise TocomError("the transfer of a gap needs a method with two train degrees; give them in train_degrees")
+    for backbone, method in product(run.backbones, methods):
+        degrees = train_degrees(run.study, method)
+        found = transferred(run, backbone, method).set_index("seed")
+
+        rows = []
+        for source in (PLAIN, *run.study.groups):
+            column, how = ("accuracy", {}) if source == PLAIN else ("change", {"show": signed})
+            mine = found[found.source_task == source]
+            of_tasks = [mine[mine.target_task == target][column].dropna() for target in run.study.groups]
+            rows.append([Text(source), Text(column), *(score_text(by_seed, seeds, **how) for by_seed in of_tasks)])
         caption = (
-            "Change of test accuracy in points when the difference of one task's weights (row) between degrees "
-            f"{train} and {infer} is added to another's model (column), trained at {train} and run at {infer}; mean ± "
-            f"standard deviation over {n_seeds} seeds. none: test accuracy in % without it. {MISSING_CAPTION}"
+            "Change of test accuracy in points when the difference of one task's weights (row) between "
+            f"degrees {degrees[0]} and {degrees[-1]} is added to another's model (column), trained at {degrees[0]} and "
+            f"run at {degrees[-1]}; mean ± standard deviation over {seeds} seeds. {PLAIN}: in % without it. "
+            f"{MISSING_CAPTION}"
         )
-        title = f"Gap {train} → {infer} of one task, added to another ({where(backbone, compressor)})"
-        header = ["gap of", "", *run.groups]
-        tables.append(Table(title, caption, header, rows, _label(backbone, compressor, "transfer"), (1,)))
+        title = f"Gap {degrees[0]} → {degrees[-1]} of one task, added to another ({backbone}, {run.title(method)})"
+        header = ["gap of", "", *run.study.groups]
+        tables.append(Table(title, caption, header, rows, _label(backbone, method, "transfer"), (1,)))
     return tables
 
 
-def _gap_degrees(grid: Grid) -> tuple[str, str]:
-    if len(grid.fixed_train_degrees) < 2:
-        raise TocomError("the transfer of a gap needs two fixed train degrees; give them in train_degrees")
-    return grid.fixed_train_degrees[0], grid.fixed_train_degrees[-1]
-
-
-#: Kind of a study (key ``paper`` of its config) -> how its table is made.
+#: Key ``paper`` of a study's config -> how its tables are made. Compressors stand below each other in any table,
+#: and the published scores of a segmentation below ours.
 FORMS: dict[str, Callable[[Run], list[Table]]] = {
     "degrees": _degrees,
-    "backbones": partial(_models, first="backbone"),
-    "compressors": partial(_models, first="compressor"),
+    "methods": _degrees,
+    "backbones": _backbones,
     "speedup": _speedup,
     "ablation": _ablation,
     "transfer": _transfer,
+    "segmentation": _degrees,
 }
 
 
-def paper_table(
-    kind: str,
-    folder: Path,
-    config: Mapping[str, Any],
-    groups: Mapping[str, str],
-    main: str | None = None,
-    compensators: CompensatorFiles | None = None,
-) -> list[Table]:
-    """Return the tables of a study in the paper's form.
-
-    Args:
-        kind: one of :data:`FORMS`. folder: the study's results; it may be incomplete or missing.
-        config: the study's config, as the mapping in its YAML file or as ``Study.model_dump()``.
-        groups: task -> its group's name, in the order of the tables (``Study.groups``).
-        main: the compensator that all forms but the ablation show; by default the first of the config.
-        compensators: (backbone, compressor, compensator) -> its file, for the KL in the ablation.
+def paper_tables(run: Run) -> list[Table]:
+    """Return the tables of a study in the paper's form that it names.
 
     Raises:
-        TocomError: there is no such kind or compensator, or the config lacks what the form needs.
+        TocomError: it names none, or lacks what the form needs.
     """
-    if kind not in FORMS:
-        raise TocomError(f"unknown kind of study {kind!r}{suggest(kind, FORMS)}; there are: {', '.join(FORMS)}")
-    return FORMS[kind](Run.read(folder, config, groups, main, compensators))
-
-
-def write_paper(
-    kind: str,
-    folder: Path,
-    config: Mapping[str, Any],
-    groups: Mapping[str, str],
-    output: Path,
-    main: str | None = None,
-    compensators: CompensatorFiles | None = None,
-) -> None:
-    """Write :func:`paper_table` to ``output``/paper.md, .html and .tex."""
-    write_pages(paper_table(kind, folder, config, groups, main, compensators), output / "paper")
+    if run.study.paper is None:
+        raise TocomError(f"study {run.study.study} names no form of table; write paper: {' | '.join(FORMS)}")
+    tables = FORMS[run.study.paper](run)
+    if not tables:
+        raise TocomError(
+            f"paper: {run.study.paper} needs a method with a compensator and fixed train degrees; add one to methods,"
+            " or leave paper out"
+        )
+    return tables

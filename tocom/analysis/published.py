@@ -8,25 +8,26 @@ from typing import Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
+from tocom.analysis.planned import Scope
 from tocom.errors import TocomError
 from tocom.settings import Settings, explain
 
 PATH = Path(__file__).parents[1] / "assets" / "published.yaml"
-#: The model whose largest gains were published: its compressor, and how timm's names of DeiT-B start.
-COMPRESSOR, TIMM = "tome", "deit_base_patch16_224"
 
 
 class Published(Settings):
-    """One published figure."""
+    """One published figure, and what ours have to be of to stand beside it."""
 
     of: Literal["largest gain", "miou", "gflops"] = Field(description="which figure it is")
     what: str = Field(description="the same in words, for tables")
-    group: str = Field(description="group of tasks or data set that it is an average over")
-    tasks: int | None = Field(None, ge=1, description="how many tasks that group has")
+    group: str = Field(description="group of tasks, or the one task, that it is an average over")
+    tasks: int = Field(1, ge=1, description="how many tasks that group has")
     backbone: str | None = Field(None, description="model, where the paper's figure is known to be of one")
+    timm: str = Field("", description="how timm's name of that model starts; nothing: any model")
+    compressor: str = Field(description="compressor that it is of")
+    compensator: str | None = Field(None, description="compensator that it is of; null: of the model without")
     train_degree: int | None = Field(None, ge=0, description="degree the model was trained at")
     infer_degree: int | None = Field(None, ge=0, description="degree it was run at")
-    compensated: bool | None = Field(None, description="with ToCom or without")
     value: float = Field(description="the figure, in its unit")
     unit: Literal["points", "%", "GFLOPs"] = Field(description="unit of the value")
     source: str = Field(description="where it was published")
@@ -34,6 +35,12 @@ class Published(Settings):
     def text(self) -> str:
         """Return the value; a gain has a sign."""
         return f"{self.value:+.1f}" if self.unit == "points" else f"{self.value:.1f}"
+
+    def is_of(self, scope: Scope, timm: str | None, compressor: str, compensator: str | None) -> bool:
+        """Return whether it may stand beside a figure of ours: of the same tasks, all of them, and the same model."""
+        same_tasks = self.group in (scope.name, *scope.tasks) and self.tasks == len(scope.tasks)
+        same_method = (self.compressor, self.compensator) == (compressor, compensator)
+        return same_tasks and same_method and (timm or "").startswith(self.timm)
 
 
 @cache
@@ -52,16 +59,3 @@ def read_published(path: Path = PATH) -> tuple[Published, ...]:
         raise TocomError(f"cannot read {path}: {' '.join(str(error).split())}; install the package again") from None
     except ValidationError as error:
         raise explain(error, str(path)) from None
-
-
-def largest_gain(group: str, n_tasks: int, compressor: str, timm: str | None) -> Published | None:
-    """Return the published largest average gain that may stand beside a model's, or None if there is none.
-
-    Args:
-        group: name of the group of tasks. n_tasks: how many of them there are; a part of a group has no figure.
-        compressor: name of the model's compressor. timm: timm's name of its backbone, if it is one of timm's.
-    """
-    if compressor != COMPRESSOR or not (timm or "").startswith(TIMM):
-        return None
-    wanted = ("largest gain", group, n_tasks)
-    return next((figure for figure in read_published() if (figure.of, figure.group, figure.tasks) == wanted), None)

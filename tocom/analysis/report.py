@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import pandas as pd
-
-from tocom.analysis import headline as figures_to_reach
-from tocom.analysis.cells import main_compensator, only, read_cells, with_compensator
-from tocom.analysis.grid import Grid
-from tocom.analysis.significance import scopes
-from tocom.analysis.tables import METHOD, Table, degree_table, significance_table, throughput_table
-from tocom.data.registry import groups_of
+from tocom.analysis.paper import paper_tables
+from tocom.analysis.planned import task_scopes
+from tocom.analysis.run import Run
+from tocom.analysis.tables import Table, degree_tables, significance_table, throughput_table
 from tocom.errors import TocomError
 from tocom.files import atomic, write_text
 
@@ -27,79 +23,25 @@ th:nth-child(-n+2), td:nth-child(-n+2) {text-align: left} p {max-width: 60em; co
 ELSEWHERE = "This study has one task; its table is the main one.\n"
 
 
-def read_table(folder: Path, name: str) -> pd.DataFrame:
-    """Read significance.csv, throughput.csv or transfer.csv of a study, train_degree as text.
-
-    Raises:
-        TocomError: it is missing.
-    """
-    path = folder / f"{name}.csv"
-    if not path.is_file():
-        raise TocomError(f"no such file: {path}; run the study first (snakemake --cores all)")
-    frame = pd.read_csv(path, dtype={"train_degree": str}, keep_default_na=name != "transfer")
-    return with_compensator(frame, after="comparison")
+def make_tables(run: Run) -> dict[str, list[Table]]:
+    """Return the tables of a study by file name: main, tasks, significance and throughput."""
+    return {
+        "main": degree_tables(run, run.scopes),
+        "tasks": degree_tables(run, task_scopes(run.study.groups)),
+        "significance": [significance_table(run, name) for name in run.backbones],
+        "throughput": [throughput_table(run, name) for name in run.backbones],
+    }
 
 
-def read_or_empty(folder: Path, name: str, columns: Sequence[str]) -> pd.DataFrame:
-    """Return what :func:`read_table` does, or an empty table with these columns if the file is missing."""
-    return read_table(folder, name) if (folder / f"{name}.csv").is_file() else pd.DataFrame(columns=columns)
-
-
-def _read_main(folder: Path, main: str | None) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Return cells and significance, both of one variant of the compensator only."""
-    cells, significance = read_cells(folder / "cells.csv"), read_table(folder, "significance")
-    main = main_compensator(cells, main)
-    return only(cells, main), only(significance, main)
-
-
-def _models(cells: pd.DataFrame) -> list[tuple[str, str]]:
-    return sorted(cells[["backbone", "compressor"]].drop_duplicates().itertuples(index=False, name=None))
-
-
-def _of(frame: pd.DataFrame, backbone: str, compressor: str) -> pd.DataFrame:
-    return frame[(frame.backbone == backbone) & (frame.compressor == compressor)]
-
-
-def make_tables(
-    folder: Path, main: str | None = None, groups: Mapping[str, str] | None = None
-) -> dict[str, list[Table]]:
-    """Return the tables of a study by file name; each holds a table for every backbone and compressor.
-
-    Args:
-        main: the variant of the compensator that they show; by default the first.
-        groups: groups of the tasks that are in no registry.
-
-    Raises:
-        TocomError: cells.csv or significance.csv is missing, or ``main`` was not evaluated. Without throughput.csv
-            the table of throughput says that nothing was measured.
-    """
-    cells, significance = _read_main(folder, main)
-    throughput = read_or_empty(folder, "throughput", ("backbone", "compressor"))
-    groups = groups_of(cells.task.unique(), groups)
-    made: dict[str, list[Table]] = {"main": [], "tasks": [], "significance": [], "throughput": []}
-    for backbone, compressor in _models(cells):
-        mine, tests = _of(cells, backbone, compressor), _of(significance, backbone, compressor)
-        where = f"{backbone}, {METHOD.get(compressor, compressor)}"
-        for scope in scopes(groups):
-            label = f"{backbone}-{compressor}-{scope.name.replace(' ', '-')}"
-            title = f"{scope.title} ({where})"
-            table = degree_table(mine, tests, scope, Grid.of_cells(mine), compressor, title, label)
-            made["main" if scope.is_group else "tasks"].append(table)
-        made["significance"].append(significance_table(tests, f"{backbone}-{compressor}-significance"))
-        speed = _of(throughput, backbone, compressor)
-        made["throughput"].append(throughput_table(speed, f"{backbone}-{compressor}-throughput"))
-    return made
-
-
-def write_tables(folder: Path, output: Path, main: str | None = None, groups: Mapping[str, str] | None = None) -> None:
-    """Write every table of the study in ``folder`` to ``output`` as Markdown, LaTeX and HTML.
-
-    Args:
-        main: the variant of the compensator that they show; by default the first.
-        groups: groups of the tasks that are in no registry.
-    """
-    for name, tables in make_tables(folder, main, groups).items():
+def write_tables(folder: Path, output: Path) -> None:
+    """Write :func:`make_tables` of the study in ``folder`` to ``output`` as Markdown, LaTeX and HTML."""
+    for name, tables in make_tables(Run.read(folder)).items():
         write_pages(tables, output / name)
+
+
+def write_paper(folder: Path, output: Path) -> None:
+    """Write the table in the paper's form of the study in ``folder`` to ``output``/paper.{md,tex,html}."""
+    write_pages(paper_tables(Run.read(folder)), output / "paper")
 
 
 def write_pages(tables: Sequence[Table], path: Path) -> None:
@@ -109,35 +51,21 @@ def write_pages(tables: Sequence[Table], path: Path) -> None:
     write_text(path.with_name(f"{path.name}.tex"), "\n".join(t.latex() for t in tables) or f"% {ELSEWHERE}")
 
 
-def write_figures(folder: Path, output: Path, main: str | None = None, groups: Mapping[str, str] | None = None) -> None:
+def write_figures(folder: Path, output: Path) -> None:
     """Draw every figure of the study in ``folder`` to ``output`` as PNG and PDF.
 
-    With several backbones or compressors, the first pair by name gets the plain names and the others a
-    suffix, as :attr:`tocom.config.Study.figure_kinds` says.
-
-    Args:
-        main: the variant of the compensator that they show; by default the first.
-        groups: groups of the tasks that are in no registry.
+    The first backbone gets the plain names, the others have theirs at the end.
     """
     from matplotlib import pyplot
 
     from tocom.analysis import figures
 
-    cells, significance = _read_main(folder, main)
-    groups = groups_of(cells.task.unique(), groups)
-    gaps = read_table(folder, "transfer") if (folder / "transfer.csv").exists() else None
-    for number, (backbone, compressor) in enumerate(_models(cells)):
-        drawn = {
-            "accuracy_vs_gflops": figures.accuracy_vs_gflops(_of(cells, backbone, compressor), groups),
-            "gain_heatmap": figures.gain_heatmap(_of(significance, backbone, compressor)),
-        }
-        if gaps is not None:
-            drawn["gap_transfer"] = figures.gap_transfer(_of(gaps, backbone, compressor))
-        suffix = f"_{backbone}_{compressor}" if number else ""
-        for name, figure in drawn.items():
+    run = Run.read(folder)
+    for number, backbone in enumerate(run.backbones):
+        for name, figure in figures.draw(run, backbone).items():
             for kind, metadata in figures.CLEAN.items():
-                with atomic(output / f"{name}{suffix}.{kind}") as temporary:
-                    figure.savefig(temporary, metadata=metadata)
+                with atomic(output / f"{name}{f'_{backbone}' if number else ''}.{kind}") as temporary:
+                    figure.savefig(temporary, metadata=metadata, bbox_inches="tight")
             pyplot.close(figure)
 
 
@@ -146,20 +74,14 @@ def show(folder: Path) -> str:
     main = folder / "tables" / "main.md"
     if not main.is_file():
         raise TocomError(f"no such file: {main}; run the study first (snakemake --cores all)")
+    page = folder / "report.html"
+    how = "" if page.is_file() else f"not there yet; snakemake --report {page}"
     return (
         f"{main.read_text(encoding='utf-8')}\n"
-        f"All tables: {folder}/tables (Markdown and LaTeX)   figures: {folder}/figures\n"
-        f"One page with everything: {folder}/report.html   every cell: {folder}/cells.csv\n"
-        f"Compare with the committed run: snakemake verify\n"
-        f"Figures to reach: tocom analyse headline {folder}"
+        "Compare with the committed run: snakemake verify\n"
+        f"Figures to reach: tocom analyse headline {folder}\n"
+        f"Every cell: {folder / 'cells.csv'}\n\n"
+        f"Main table: {main} (the others beside it, also as LaTeX and HTML)\n"
+        f"Figures: {folder / 'figures'}\n"
+        f"Report, one page with everything: {page}{how and f' ({how})'}"
     )
-
-
-def headline(folder: Path, main: str | None = None) -> list[figures_to_reach.Figure]:
-    """Return the figures that the demo has to reach, as measured with one variant of the compensator (the first)."""
-    cells, significance = _read_main(folder, main)
-    return [
-        *figures_to_reach.effect(significance),
-        figures_to_reach.cost_where_not_needed(cells),
-        figures_to_reach.cost_of_folding(read_table(folder, "throughput")),
-    ]

@@ -1,154 +1,289 @@
-"""A study as it was planned, and what of it is there: the common ground of all tables in the paper's form."""
+"""A study as it was planned, and what of it is there: the common ground of all tables and figures."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from tocom.analysis.cells import COLUMNS, main_compensator, only, read_cells
-from tocom.analysis.grid import Grid
-from tocom.analysis.published import Published, largest_gain
-from tocom.analysis.report import read_or_empty
-from tocom.analysis.significance import Scope, group_scopes
-from tocom.analysis.tables import Pair, Results
-from tocom.settings import NO_GAP
+from tocom.analysis import compare
+from tocom.analysis.cells import COLUMNS, KEYS, TEXT, checked, read_cells
+from tocom.analysis.planned import Point, Scope, cells, families, group_scopes, is_compensated, points, train_degrees
+from tocom.analysis.published import Published, read_published
+from tocom.files import load_arrays
+from tocom.settings import PLAIN
 
-_SIGNIFICANCE = (
-    *("backbone", "compressor", "comparison", "compensator", "scope", "group", "train_degree", "infer_degree"),
-    *("gain", "low", "high", "p_images_holm"),
-)
-_THROUGHPUT = ("backbone", "compressor", "infer_degree", "compensated")
-_TRANSFER = ("backbone", "compressor", "source_task", "target_task", "seed", "accuracy")
-#: Backbone, compressor, compensator -> its file.
-CompensatorFiles = Mapping[tuple[str, str, str], str | os.PathLike]
+_THROUGHPUT = ("backbone", "method", "infer_degree", "compensated", "ratio")
+_TRANSFER = ("backbone", "method", "source_task", "target_task", "seed", "train_degree", "infer_degree", "accuracy")
+#: Two methods that are compared: before and after.
+Compared = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Run:
-    """A study: what was planned, and what of it is there.
+class Pair:
+    """Two methods under one pair of degrees.
 
     Attributes:
-        grid: the planned cells. groups: task -> its group's name, in the order of the tables.
-        cells, significance, throughput, transfer: the tidy tables; empty where the study was not run.
-        main: the compensator that all tables but the ablation show.
-        compensators: files whose metadata tell the held-out KL; may be empty.
+        before, after: score in percent by seed; empty where it was not run.
+        test: the row of significance.csv that compares them, or None if there is none.
+        declined: whether both are the same, because no seed and task had a use for what is added to the models.
     """
 
-    grid: Grid
-    groups: dict[str, str]
+    train: str
+    infer: int
+    before: pd.Series
+    after: pd.Series
+    test: pd.Series | None
+    declined: bool = False
+
+    @property
+    def is_run(self) -> bool:
+        """Whether both were evaluated for a common seed."""
+        return not self.before.index.intersection(self.after.index).empty
+
+    @property
+    def gain(self) -> float:
+        """The gain in points: that which was tested, if it was."""
+        return float((self.after - self.before).mean()) if self.test is None else self.test.gain
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """A study, its folder, and its tidy tables; these are empty where it was not run."""
+
+    study: object
+    folder: Path
     cells: pd.DataFrame
     significance: pd.DataFrame
     throughput: pd.DataFrame
     transfer: pd.DataFrame
-    main: str
-    compensators: CompensatorFiles = field(default_factory=dict)
+    _found: dict[tuple, dict[tuple, Any]] = field(default_factory=dict)
 
     @classmethod
-    def read(
-        cls,
-        folder: Path,
-        config: Mapping[str, Any],
-        groups: Mapping[str, str],
-        main: str | None = None,
-        compensators: CompensatorFiles | None = None,
-    ) -> Run:
-        """Read a study's folder, which may be incomplete or missing, against its config.
-
-        Args:
-            config: see :meth:`Grid.of_config`. groups: :attr:`tocom.config.Study.groups`.
-            main: the main compensator; by default the first of the config.
-            compensators: (backbone, compressor, compensator) -> its file.
+    def read(cls, folder: Path) -> Run:
+        """Read the folder of a study, which may be incomplete, against the declaration in its study.json.
 
         Raises:
-            TocomError: the config lacks a part of the grid, a table is not what this version writes, or there is no
-                compensator ``main``.
+            TocomError: there is no valid study.json, or a table is not what this version writes.
         """
-        grid = Grid.of_config(config)
-        cells = read_cells(folder / "cells.csv") if (folder / "cells.csv").is_file() else pd.DataFrame(columns=COLUMNS)
+        from tocom.study import read_study
+
+        return cls.of(read_study(folder / "study.json"), folder)
+
+    @classmethod
+    def of(cls, study, folder: Path) -> Run:
+        """Read what is there of a study that may never have been run."""
+        there = (folder / "cells.csv").is_file()
         return cls(
-            grid,
-            dict(groups),
-            cells,
-            read_or_empty(folder, "significance", _SIGNIFICANCE),
-            read_or_empty(folder, "throughput", _THROUGHPUT),
-            read_or_empty(folder, "transfer", _TRANSFER),
-            main_compensator(grid.cells(), main),
-            compensators or {},
+            study,
+            folder,
+            read_cells(folder / "cells.csv") if there else pd.DataFrame(columns=COLUMNS),
+            _read(folder / "significance.csv", compare.COLUMNS),
+            _read(folder / "throughput.csv", _THROUGHPUT),
+            _read(folder / "transfer.csv", _TRANSFER, keep_default_na=False),
         )
+
+    @property
+    def backbones(self) -> tuple[str, ...]:
+        """Names of the backbones."""
+        return tuple(backbone.name for backbone in self.study.backbones)
 
     @property
     def scopes(self) -> list[Scope]:
         """The groups of tasks; the last one is the widest."""
-        return group_scopes(self.groups)
+        return group_scopes(self.study.groups)
 
-    def of(self, backbone: str, compressor: str, compensator: str | None = None) -> tuple[pd.DataFrame, pd.DataFrame]:
-        """Return the cells and tests of one model with one compensator, by default the main one."""
-        return tuple(
-            only(frame[(frame.backbone == backbone) & (frame.compressor == compressor)], compensator or self.main)
-            for frame in (self.cells, self.significance)
-        )
+    @property
+    def infer_degrees(self) -> list[int]:
+        """Every inference degree of any method, ascending."""
+        return sorted({degree for method in self.study.methods for degree in self.study.infer_degrees_of(method)})
 
-    def published(self, scope: Scope, backbone: str, compressor: str) -> Published | None:
-        """Return the published largest gain that may stand beside a model's, or None if there is none."""
-        return largest_gain(scope.name, len(scope.tasks), compressor, self.grid.timm.get(backbone))
+    def title(self, method: str) -> str:
+        """Return what tables call a method; with its name where methods of the study share a title."""
+        titles = [entry.title for entry in self.study.methods.values()]
+        title = self.study.methods[method].title
+        return title if titles.count(title) == 1 else f"{title} ({method})"
+
+    def by_degree(self) -> list[tuple[str, ...]]:
+        """Return the families of methods that train at fixed degrees."""
+        return [family for family in families(self.study) if train_degrees(self.study, family[0])]
+
+    def with_compensators(self) -> list[tuple[str, list[str]]]:
+        """Return every plain method that trains at fixed degrees and its compensated ones, if it has any."""
+        found = [(first, [m for m in others if is_compensated(self.study, m)]) for first, *others in self.by_degree()]
+        return [(plain, ours) for plain, ours in found if ours]
+
+    def score(self, backbone: str, method: str, scope: Scope, train: str, infer: int) -> pd.Series:
+        """Return the score in percent by seed, averaged over a scope's tasks; a seed that lacks one is left out."""
+        if ("scores", scope) not in self._found:
+            keys = [key for key in KEYS if key != "task"]
+            by_task = self._of(scope).pivot(index=keys, columns="task", values="score")
+            mean = 100 * by_task.reindex(columns=list(scope.tasks)).astype(float).dropna().mean(axis=1)
+            levels = [key for key in keys if key != "seed"]
+            found = {key: by_seed.droplevel(levels) for key, by_seed in mean.groupby(level=levels)}
+            self._found["scores", scope] = found
+        return self._found["scores", scope].get((backbone, method, train, infer), pd.Series(dtype=float))
+
+    def cost(self, backbone: str, method: str, scope: Scope, infer: int) -> float:
+        """Return the GFLOPs of one image, NaN where that was not run."""
+        if ("cost", scope) not in self._found:
+            gflops = self._of(scope).astype({"gflops": float}).groupby(["backbone", "method", "infer_degree"]).gflops
+            self._found["cost", scope] = gflops.mean().to_dict()
+        return self._found["cost", scope].get((backbone, method, infer), float("nan"))
+
+    def share(self, backbone: str, method: str, scope: Scope, infer: int) -> float:
+        """Return the GFLOPs of one image in percent of the uncompressed model's, NaN where either is not known."""
+        return 100 * self.cost(backbone, method, scope, infer) / self.uncompressed(backbone, scope)
+
+    def uncompressed(self, backbone: str, scope: Scope) -> float:
+        """Return the GFLOPs of one image at degree 0, NaN where no method was run there."""
+        costs = [self.cost(backbone, method, scope, 0) for method in self.study.methods]
+        return next((cost for cost in costs if cost > 0), float("nan"))
+
+    def is_declined(self, backbone: str, compared: Compared, scope: Scope, point: Point) -> bool:
+        """Return whether two methods are the same models, to which the scale 0 adds nothing under any seed and task."""
+        if len(set(map(self.study.tuned_as, compared))) > 1:
+            return False
+        if ("scales", scope) not in self._found:
+            sizes = self._of(scope).astype({"scale": float}).assign(scale=lambda frame: frame.scale.abs())
+            largest = sizes.groupby(["backbone", "method", "train_degree", "infer_degree"]).scale.max()
+            self._found["scales", scope] = largest.to_dict()
+        trains = zip(compared, (point.before, point.after), strict=True)
+        keys = [(backbone, m, train, point.infer) for m, train in trains if is_compensated(self.study, m)]
+        return bool(keys) and all(self._found["scales", scope].get(key) == 0 for key in keys)
+
+    def learned_file(self, backbone: str, method: str, role: str = "compensator") -> Path | None:
+        """Return the file of what a method learned, in the study's folder wherever that is; None if it learns none."""
+        file = self.study.learned_file(backbone, method, role)
+        within = file is not None and file.is_relative_to(self.study.root)
+        return self.folder / file.relative_to(self.study.root) if within else file
+
+    def learned(self, backbone: str, method: str, role: str = "compensator") -> dict[str, Any]:
+        """Return what stands beside a method's learned part; nothing where there is none, or not yet."""
+        file = self.learned_file(backbone, method, role)
+        if file not in self._found:
+            self._found[file] = load_arrays(file)[1] if file is not None and file.is_file() else {}
+        return self._found[file]
+
+    def _of(self, scope: Scope) -> pd.DataFrame:
+        return self.cells[self.cells.task.isin(scope.tasks)]
+
+    def pairs(self, backbone: str, compared: Compared, scope: Scope) -> dict[tuple[str, int], Pair]:
+        """Return what was measured of two methods, by train and inference degree, wherever they are to be compared."""
+        if (compared, scope, backbone) not in self._found:
+            self._found[compared, scope, backbone] = self._pairs(backbone, *compared, scope)
+        return self._found[compared, scope, backbone]
+
+    def _pairs(self, backbone: str, before: str, after: str, scope: Scope) -> dict[tuple[str, int], Pair]:
+        frame = self.significance
+        same = (frame.backbone == backbone) & (frame.before == before) & (frame.after == after)
+        mine = frame[same & (frame.scope == scope.name) & (frame.group == scope.is_group)]
+        tests = {(row.train_degree, row.infer_degree): row for _, row in mine.iterrows()}
+        return {
+            (p.train, p.infer): Pair(
+                p.train,
+                p.infer,
+                self.score(backbone, before, scope, p.before, p.infer),
+                self.score(backbone, after, scope, p.after, p.infer),
+                tests.get((p.train, p.infer)),
+                self.is_declined(backbone, (before, after), scope, p),
+            )
+            for p in points(self.study, before, after)
+        }
+
+    def progress(self, tasks: Sequence[str] | None = None) -> tuple[int, int]:
+        """Return how many planned cells of some tasks there are, and how many are planned."""
+        planned = cells(self.study, tasks)
+        return len(planned & set(self.cells[list(KEYS)].itertuples(index=False, name=None))), len(planned)
+
+    def published(self, of: str, scope: Scope, backbone: str, method: str) -> list[Published]:
+        """Return the published figures that may stand beside those of a method."""
+        timm = next(entry.timm for entry in self.study.backbones if entry.name == backbone)
+        method = self.study.methods[method]
+        parts = method.compressor.name, method.compensator.name if method.compensator else None
+        figures = [figure for figure in read_published() if figure.of == of]
+        return [figure for figure in figures if figure.is_of(scope, timm, *parts)]
 
 
-def largest(run: Run, backbone: str, compressor: str, scope: Scope, infer: int | None = None) -> Pair | None:
-    """Return the pair of degrees at which the main compensator gains most, or None if no pair was run and tested.
+def _read(path: Path, columns: Sequence[str], **options) -> pd.DataFrame:
+    """Return a tidy table, or an empty one with these columns if the file is missing."""
+    if not path.is_file():
+        return pd.DataFrame(columns=list(columns))
+    return checked(pd.read_csv(path, dtype=TEXT, **options), columns, path)
+
+
+def strongest(run: Run, backbone: str, compared: Compared, scope: Scope) -> Pair | None:
+    """Return the pair with the lowest train degree, and with the highest inference degree that goes with it.
+
+    None if no pair of theirs was run and tested at a train degree that is a number.
+    """
+    pairs = run.pairs(backbone, compared, scope).values()
+    tested = [pair for pair in pairs if pair.is_run and pair.test is not None and pair.train.isdigit()]
+    return min(tested, key=lambda pair: (int(pair.train), -pair.infer), default=None)
+
+
+def largest(run: Run, backbone: str, compared: Compared, scope: Scope, infer: int | None = None) -> Pair | None:
+    """Return the pair of degrees at which two methods differ most, or None if no pair was run and tested.
 
     Args:
         infer: only pairs that run at this degree.
     """
-    results = Results.of(*run.of(backbone, compressor), scope)
-    wanted = [degrees for degrees in run.grid.mismatches if infer in (None, degrees[1])]
-    pairs = [results.pair(*degrees) for degrees in wanted]
-    tested = [found for found in pairs if found.is_run and found.test is not None]
-    return max(tested, key=lambda found: found.test.gain, default=None)
+    pairs = [pair for pair in run.pairs(backbone, compared, scope).values() if infer in (None, pair.infer)]
+    tested = [pair for pair in pairs if pair.is_run and pair.test is not None]
+    return max(tested, key=lambda pair: pair.test.gain, default=None)
 
 
-def best_mean(run: Run, backbone: str, compressor: str, scope: Scope) -> tuple[str, pd.Series] | None:
-    """Return the train degree with the largest mean gain over the inference degrees other than itself, and that gain.
+def best_mean(run: Run, backbone: str, compared: Compared, scope: Scope) -> tuple[str, pd.Series] | None:
+    """Return the train degree with the largest mean gain over inference degrees other than itself, and that gain.
 
     A train degree counts if all its planned pairs were run under a common seed.
 
     Returns:
         The train degree and its mean gain in points by seed, or None if no train degree counts.
     """
-    results = Results.of(*run.of(backbone, compressor), scope)
+    pairs = [pair for pair in run.pairs(backbone, compared, scope).values() if pair.train != str(pair.infer)]
     means = {}
-    for train in run.grid.fixed_train_degrees:
-        pairs = [results.pair(*degrees) for degrees in run.grid.mismatches if degrees[0] == train]
-        if pairs:
-            by_seed = pd.concat([found.ours - found.plain for found in pairs], axis=1).dropna().mean(axis=1)
-            means |= {} if by_seed.empty else {train: by_seed}
+    for train in dict.fromkeys(pair.train for pair in pairs):
+        gains = [pair.after - pair.before for pair in pairs if pair.train == train]
+        by_seed = pd.concat(gains, axis=1).dropna().mean(axis=1)
+        means |= {} if by_seed.empty else {train: by_seed}
     return max(means.items(), key=lambda found: found[1].mean(), default=None)
 
 
-def transfer_without(run: Run, backbone: str, compressor: str) -> pd.DataFrame:
-    """Return target_task, seed and the accuracy (a share) with no gap added; planned ones only."""
-    mine = _transfer_of(run, backbone, compressor)
-    return mine[mine.source_task == NO_GAP][["target_task", "seed", "accuracy"]].astype({"accuracy": float})
+def published_gain(run: Run, scope: Scope, backbone: str, compared: Compared) -> str | None:
+    """Return the largest gain that the paper gives for two methods, or that its scores of both imply, as text."""
+    before, after = compared
+    given = run.published("largest gain", scope, backbone, after)
+    first, second = (
+        {
+            (figure.train_degree, figure.infer_degree): figure.value
+            for figure in run.published("miou", scope, backbone, m)
+        }
+        for m in (before, after)
+    )
+    gains = {key: second[key] - first[key] for key in second if key in first}
+    if given or not gains:
+        return given[0].text() if given else None
+    train, infer = max(gains, key=gains.get)
+    return f"{gains[train, infer]:+.1f} ({train} → {infer})"
 
 
-def transfer_change(run: Run, backbone: str, compressor: str) -> pd.DataFrame:
-    """Return source_task, target_task, seed and the change in points over adding no gap; planned pairs only."""
-    mine, without = _transfer_of(run, backbone, compressor), transfer_without(run, backbone, compressor)
-    gaps = mine[mine.source_task.isin(run.grid.tasks)]
-    both = gaps.merge(without, on=["target_task", "seed"], suffixes=("", "_without"))
-    both["points"] = 100 * (both.accuracy - both.accuracy_without).astype(float)
-    return both[["source_task", "target_task", "seed", "points"]]
+def transfer_methods(study) -> list[str]:
+    """Return the methods whose gap between the lowest and the highest train degree can be carried between tasks."""
+    return [tuned for tuned in study.tuned if study.gap_degrees(tuned)]
 
 
-def _transfer_of(run: Run, backbone: str, compressor: str) -> pd.DataFrame:
-    frame = run.transfer
-    return frame[
-        (frame.backbone == backbone)
-        & (frame.compressor == compressor)
-        & frame.target_task.isin(run.grid.tasks)
-        & frame.seed.isin(run.grid.seeds)
-    ]
+def transferred(run: Run, backbone: str, method: str) -> pd.DataFrame:
+    """Return source_task, target_task, seed, accuracy (%) and the change in points over adding no gap; planned ones."""
+    frame, study = run.transfer, run.study
+    planned = frame.source_task.isin([PLAIN, *study.task_names]) & frame.target_task.isin(study.task_names)
+    planned &= frame.seed.isin(study.seeds) & (frame.backbone == backbone) & (frame.method == method)
+    mine = frame[planned].drop_duplicates(["source_task", "target_task", "seed"])
+    mine = mine.assign(accuracy=100 * mine.accuracy.astype(float))
+    without = mine[mine.source_task == PLAIN].set_index(["target_task", "seed"]).accuracy
+    own = without.reindex(pd.MultiIndex.from_frame(mine[["target_task", "seed"]])).to_numpy(dtype=float)
+    return mine.assign(change=np.where(mine.source_task == PLAIN, np.nan, mine.accuracy - own))

@@ -14,17 +14,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from tocom.bundled import ASSETS
-from tocom.data.unpack import kind_of
+from tocom.data.unpack import is_archive
 from tocom.errors import TocomError, suggest
+from tocom.files import read_yaml
 from tocom.settings import Settings, explain
 
 BUNDLED = ASSETS / "datasets.yaml"
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-#: Algorithm -> hexadecimal digits.
-DIGITS = {"sha256": 64, "sha1": 40, "md5": 32}
+#: What data sets and files may be called.
+NAME = "[A-Za-z0-9][A-Za-z0-9_.-]*"
 Group = Literal[
     "CIFAR-100",
     "FGVC",
@@ -40,55 +40,27 @@ Text = Annotated[str, Field(min_length=1)]
 class RemoteFile(Settings):
     """One file of a data set, the same on all its mirrors."""
 
-    name: str = Field(description="file name; institutional mirrors serve it as URL/DATASET/NAME")
-    urls: tuple[str, ...] = Field((), description="mirrors, in the order in which they are tried")
-    checksum: str | None = Field(description="sha256:, sha1: or md5: and hexadecimal digits; null needs a note")
-    checksum_note: Text | None = Field(
-        None, validate_default=True, description="why there is no checksum; the first fetch then records one"
+    name: str = Field(pattern=rf"^{NAME}$", description="file name; institutional mirrors serve it as URL/DATASET/NAME")
+    urls: tuple[Annotated[str, Field(pattern="^(https?://|file:///)")], ...] = Field(
+        (), description="mirrors, in the order in which they are tried"
     )
-    size: int = Field(gt=0, description="bytes; what the progress bar and the check of disk space go by")
+    checksum: str | None = Field(
+        pattern="^(sha256:[0-9a-f]{64}|sha1:[0-9a-f]{40}|md5:[0-9a-f]{32})$",
+        description="sha256:, sha1: or md5: and hexadecimal digits; null needs a note",
+    )
+    checksum_note: Text | None = Field(None, description="why there is no checksum; the first fetch then records one")
+    size: int = Field(gt=0, description="bytes; what the check of disk space goes by")
     unpack: str | None = Field(None, description="folder below the data set's to unpack into; null keeps the file")
 
-    @field_validator("name")
-    @classmethod
-    def _plain_name(cls, value):
-        if not NAME.fullmatch(value):
-            raise ValueError("write a plain file name: letters, digits, '_', '-' and '.', with no folder")
-        return value
-
-    @field_validator("urls")
-    @classmethod
-    def _known_protocols(cls, value):
-        for url in value:
-            if not url.startswith(("https://", "http://", "file:///")):
-                raise ValueError(f"{url!r} is not an http, https or file URL")
-        return value
-
-    @field_validator("checksum")
-    @classmethod
-    def _whole_checksum(cls, value):
-        algorithm, _, digits = (value or "").partition(":")
-        if value is not None and not (
-            algorithm in DIGITS and re.fullmatch(rf"[0-9a-f]{{{DIGITS[algorithm]}}}", digits)
-        ):
-            raise ValueError("write sha256:, sha1: or md5: and all its digits in lower case")
-        return value
-
-    @field_validator("checksum_note")
-    @classmethod
-    def _checksum_or_note(cls, value, info):
-        if (info.data.get("checksum", "") is None) != (value is not None):
+    @model_validator(mode="after")
+    def _is_verified_and_stays_inside(self):
+        if (self.checksum is None) != (self.checksum_note is not None):
             raise ValueError("give a checksum, or null with a note that says why")
-        return value
-
-    @field_validator("unpack")
-    @classmethod
-    def _inside(cls, value, info):
-        if value is not None and (Path(value).is_absolute() or ".." in Path(value).parts):
-            raise ValueError("write a folder below the data set's own, or '.'")
-        if value is not None and kind_of(info.data.get("name", ".zip")) is None:
-            raise ValueError(f"{info.data['name']!r} has no ending of an archive that can be unpacked")
-        return value
+        if self.unpack is not None and (Path(self.unpack).is_absolute() or ".." in Path(self.unpack).parts):
+            raise ValueError(f"unpack {self.unpack!r}: write a folder below the data set's own, or '.'")
+        if self.unpack is not None and not is_archive(self.name):
+            raise ValueError(f"{self.name!r} has no ending of an archive that can be unpacked")
+        return self
 
 
 class DataSet(Settings):
@@ -137,6 +109,7 @@ class DataSet(Settings):
 
 
 Catalogue = Mapping[str, DataSet]
+CatalogueOrPath = Catalogue | str | os.PathLike | None
 
 
 def read_catalogue(path: str | os.PathLike | None = None) -> dict[str, DataSet]:
@@ -158,14 +131,7 @@ def read_catalogue(path: str | os.PathLike | None = None) -> dict[str, DataSet]:
 @lru_cache(maxsize=8)
 def _read_catalogue(path: Path, modified: int) -> dict[str, DataSet]:
     """Read a catalogue once for as long as it is not changed: planning asks for it for every task."""
-    import yaml
-
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=_unique_keys())
-    except OSError as error:
-        raise TocomError(f"cannot read the catalogue {path}: {error.strerror}; check TOCOM_CATALOGUE") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise TocomError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    content = read_yaml(path)
     if not isinstance(content, dict) or not content:
         raise TocomError(f"{path} is empty or not a mapping of names to data sets; see docs/datasets.md")
     entries = {str(name): _entry(path, str(name), entry) for name, entry in content.items()}
@@ -179,25 +145,8 @@ def _read_catalogue(path: Path, modified: int) -> dict[str, DataSet]:
     return entries
 
 
-def _unique_keys() -> type:
-    """A safe YAML loader that refuses a key given twice, of which YAML would silently drop the first."""
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
-            seen = set()
-            for key, _ in node.value:
-                text = str(key.value)
-                if text in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"{text!r} is given twice", key.start_mark)
-                seen.add(text)
-            return super().construct_mapping(node, deep)
-
-    return Loader
-
-
 def _entry(path: Path, name: str, content: object) -> DataSet:
-    if not NAME.fullmatch(name):
+    if not re.fullmatch(NAME, name):
         raise TocomError(f"{path}: {name!r} cannot be a data set's name; use letters, digits, '_', '-' and '.'")
     if not isinstance(content, dict):
         raise TocomError(f"{path}: {name} is not a mapping; see docs/datasets.md")
@@ -208,12 +157,12 @@ def _entry(path: Path, name: str, content: object) -> DataSet:
         raise explain(error, f"{path}: {name}", {"": DataSet} | places) from None
 
 
-def as_catalogue(catalogue: Catalogue | str | os.PathLike | None) -> Catalogue:
+def as_catalogue(catalogue: CatalogueOrPath) -> Catalogue:
     """Return a catalogue that was read already as it is; read one that is a path, or the default one for None."""
     return catalogue if isinstance(catalogue, Mapping) else read_catalogue(catalogue)
 
 
-def find(name: str, catalogue: Catalogue | str | os.PathLike | None = None) -> DataSet:
+def find(name: str, catalogue: CatalogueOrPath = None) -> DataSet:
     """Return the entry of a data set.
 
     Raises:
@@ -225,7 +174,7 @@ def find(name: str, catalogue: Catalogue | str | os.PathLike | None = None) -> D
     return entries[name]
 
 
-def owner_of(name: str, catalogue: Catalogue | str | os.PathLike | None = None) -> str:
+def owner_of(name: str, catalogue: CatalogueOrPath = None) -> str:
     """Return the name of the data set whose files ``name`` uses: its own, or that of ``same_files_as``."""
     return find(name, catalogue).same_files_as or name
 

@@ -1,17 +1,8 @@
 """Fetch, verify and unpack public data sets, so that each is either complete or not there at all.
 
-What lies under the root folder (``data/`` by default):
-
-    NAME/                 a complete data set; ``.complete.json`` says what it was made from,
-                          ``.sha256sums`` lists its files (also for `sha256sum --check`)
-    .NAME.download/       what has arrived of one that is not complete: verified files, and ``.FILE.part`` to resume
-    .NAME.unpack/         being unpacked; cleared by the next fetch if the process was killed
-    .NAME.old/            what --force replaces, for the moment that takes
-    .NAME.lock            while a process fetches it
-    .archives/NAME/       archives, if they were to be kept
-
-After an interruption (a cut connection, Ctrl-C, a kill) what arrived stays, hidden, and the next fetch goes on from
-there. After a full disk or a refused archive nothing is left; after a wrong checksum the wrong file is deleted.
+:mod:`tocom.data.store` says what lies where. After an interruption (a cut connection, Ctrl-C, a kill) the files that
+were verified stay, hidden, and the next fetch goes on with the others. After a full disk or a refused archive nothing
+is left; after a wrong checksum the wrong file is deleted.
 """
 
 from __future__ import annotations
@@ -20,130 +11,86 @@ import contextlib
 import json
 import logging
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
-from pydantic import ValidationError
+from tqdm import tqdm
 
-from tocom.data.catalogue import Catalogue, DataSet, RemoteFile, as_catalogue, owner_of, size_text
-from tocom.data.download import TAG, CutError, Patience, WrongError, bar_of, download_file, part_name
+from tocom.data.catalogue import Catalogue, CatalogueOrPath, DataSet, RemoteFile, as_catalogue, owner_of, size_text
+from tocom.data.families import FAMILIES, check_layout
+from tocom.data.store import RECORD, SUMS, FetchedFile, Record, folder_of, hidden, read_record
 from tocom.data.unpack import unpack
 from tocom.errors import TocomError
 from tocom.files import sha256
-from tocom.settings import Settings
 
-RECORD = ".complete.json"
-SUMS = ".sha256sums"
+#: How often all mirrors are tried, seconds before the second time (doubled each time), seconds until silence is a cut.
+TRIES, WAIT, TIMEOUT = 4, 1.0, 30.0
+_CHUNK = 1 << 20
 _log = logging.getLogger(__name__)
 
-CatalogueOrPath = Catalogue | str | os.PathLike | None
+
+# --- one file from one mirror -------------------------------------------------------------------------------------
 
 
-class FetchedFile(Settings):
-    """A file as it was fetched: ``verified`` is false where the catalogue had no checksum to compare with."""
+class _MirrorError(Exception):
+    """A mirror did not give the file; ``final`` if asking it again would not help, ``wrong`` if it gave another."""
 
-    name: str
-    size: int
-    checksum: str
-    verified: bool
-    url: str
+    def __init__(self, reason: str, final: bool = True, wrong: bool = False):
+        super().__init__(reason)
+        self.final, self.wrong = final, wrong
 
 
-class Record(Settings):
-    """What ``.complete.json`` says: files as fetched, and number, bytes and digest of those in the folder.
-
-    ``digest`` is the SHA-256 of ``.sha256sums``; it is null for a data set that is registered where it lies,
-    in ``folder``.
-    """
-
-    data_set: str
-    files: tuple[FetchedFile, ...] = ()
-    count: int
-    bytes: int
-    digest: str | None = None
-    folder: str | None = None
+def _bar(items: Iterable | None = None, **options) -> tqdm:
+    """Show progress with rate and time left; in a log file, one update every few seconds."""
+    return tqdm(items, mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True, **options)
 
 
-def default_root() -> Path:
-    """Return the folder of all data sets: what TOCOM_DATA names, or else ``data``."""
-    return Path(os.environ.get("TOCOM_DATA") or "data")
-
-
-# --- what is there ------------------------------------------------------------------------------------------------
-
-
-def read_record(folder: Path) -> Record | None:
-    """Return what a data set's folder says of itself, or None if it is not complete.
+def _download(file: RemoteFile, url: str, folder: Path, title: str) -> Path:
+    """Leave a verified file in ``folder``, unless it is there already, and return its path.
 
     Raises:
-        TocomError: the record is there, but cannot be read.
+        _MirrorError: the mirror does not have it, broke off, or has another file.
+        OSError: the disk is full.
     """
-    path = folder / RECORD
+    import pooch
+    import requests
+
+    def get(url: str, output: str, _: object) -> None:
+        Path(output).unlink()  # pooch makes it private; one that is new is as readable as any
+        if url.startswith("file:"):
+            local = Path(unquote(urlsplit(url).path))
+            if not (local.is_file() and os.access(local, os.R_OK)):
+                raise _MirrorError("no such file, or it cannot be read")
+            shutil.copyfile(local, output)
+            return
+        options = {"headers": {"Accept-Encoding": "identity"}, "hooks": {"response": _as_it_is}, "timeout": TIMEOUT}
+        with _bar(desc=title, unit="B", unit_scale=True, total=file.size) as bar:
+            pooch.HTTPDownloader(progressbar=bar, chunk_size=_CHUNK, **options)(url, output, None)
+
+    pooch.get_logger().setLevel("WARNING")
     try:
-        return Record.model_validate_json(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        raise TocomError(f"cannot read {path}: {error.strerror}; check its permissions") from None
-    except ValidationError:
-        raise TocomError(f"{path} is corrupt; fetch the data set again with --force") from None
+        return Path(pooch.retrieve(url, file.checksum, file.name, folder, downloader=get))
+    except requests.HTTPError as error:
+        code = error.response.status_code
+        passing = code >= 500 or code in (408, 425, 429)
+        raise _MirrorError(f"{code} {error.response.reason}", final=not passing) from None
+    except requests.RequestException as error:
+        raise _MirrorError(type(error).__name__, final=False) from None  # such as ConnectTimeout, SSLError
+    except ValueError as error:  # pooch's way to say that the hash is wrong; it has deleted the file
+        found = re.search(r"but got (\w+)", str(error))
+        algorithm = (file.checksum or "").partition(":")[0]
+        raise _MirrorError(f"found {algorithm}:{found[1]}" if found else str(error), wrong=True) from None
 
 
-def folder_of(name: str, root: str | os.PathLike, catalogue: CatalogueOrPath = None) -> Path:
-    """Return the folder that holds a complete data set's files: root/NAME, or where it was registered.
-
-    Raises:
-        TocomError: the data set is unknown, was not fetched, or the folder that was registered is gone.
-    """
-    owner = owner_of(name, catalogue)
-    folder = Path(root) / owner
-    record = read_record(folder)
-    if record is None:
-        raise TocomError(f"the data set {name!r} is not in {root}; run `tocom data fetch {owner} --root {root}`")
-    if record.folder is None:
-        return folder
-    if not Path(record.folder).is_dir():
-        raise TocomError(
-            f"{record.folder}, which was registered as {owner!r}, is not there;"
-            f" mount it, or run `tocom data fetch {owner} --root {root} --force --from FOLDER`"
-        )
-    return Path(record.folder)
-
-
-def status(name: str, root: str | os.PathLike, catalogue: CatalogueOrPath = None) -> str:
-    """Return "fetched", "registered", "outdated" (the catalogue has other checksums now), "partly" or "no"."""
-    entries = as_catalogue(catalogue)
-    owner = owner_of(name, entries)
-    record = read_record(Path(root) / owner)
-    if record is None:
-        return "partly" if _download_folder(Path(root), owner).exists() else "no"
-    if record.folder is not None:
-        return "registered"
-    return "fetched" if _is_current(record, entries[owner]) else "outdated"
-
-
-def _is_current(record: Record, entry: DataSet) -> bool:
-    """Whether a record agrees with the catalogue, as far as the catalogue has checksums."""
-    recorded = {file.name: (file.checksum, file.verified) for file in record.files}
-    return record.folder is not None or (
-        recorded.keys() == {file.name for file in entry.files}
-        and all(file.checksum is None or recorded[file.name] == (file.checksum, True) for file in entry.files)
-    )
-
-
-def _download_folder(root: Path, name: str) -> Path:
-    return root / f".{name}.download"
-
-
-def _staging_folder(root: Path, name: str) -> Path:
-    return root / f".{name}.unpack"
-
-
-def _old_folder(root: Path, name: str) -> Path:
-    return root / f".{name}.old"
+def _as_it_is(response, **_: object) -> None:
+    """Keep requests from unpacking a .tgz that a server labels as an encoding of a .tar."""
+    response.raw.headers.pop("Content-Encoding", None)
 
 
 # --- fetch --------------------------------------------------------------------------------------------------------
@@ -158,7 +105,6 @@ def fetch(
     source: str | os.PathLike | None = None,
     force: bool = False,
     keep_archives: bool = False,
-    patience: Patience = Patience(),
 ) -> Path:
     """Fetch a data set: download, verify, unpack, and move into place at the end.
 
@@ -174,7 +120,7 @@ def fetch(
         keep_archives: keep archives under root/.archives/NAME.
 
     Returns:
-        The folder that holds its files; see :func:`folder_of`.
+        The folder that holds its files; see :func:`tocom.data.store.folder_of`.
 
     Raises:
         TocomError: it is unknown, cannot be downloaded by a link, no mirror has it, its checksum is wrong on all of
@@ -182,66 +128,29 @@ def fetch(
     """
     entries = as_catalogue(catalogue)
     name = owner_of(name, entries)
-    entry = entries[name]
     root = Path(root)
-    mirror = _checked_mirror(mirror or os.environ.get("TOCOM_MIRROR"))
-    leftovers = (_download_folder(root, name), _staging_folder(root, name), _old_folder(root, name))
-    if not force and _is_complete(name, root, entry) and not any(os.path.lexists(path) for path in leftovers):
-        _warn_of_unused(source, name, root)
-        return folder_of(name, root, entries)
+    mirror = mirror or os.environ.get("TOCOM_MIRROR")
+    if mirror and not mirror.startswith(("https://", "http://", "file:///")):
+        raise TocomError(f"the mirror {mirror!r} is not a URL; write https://, http:// or file:/// before it")
+    job = _Job(name, entries, root, mirror, source, keep_archives)
+    leftovers = [hidden(root, name, what) for what in ("download", "unpack", "old")]
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with _alone(name, root):
-            _clear_killed(name, root, entry)
-            if force or not _is_complete(name, root, entry):  # another process may have fetched it meanwhile
-                _Job(name, entries, root, mirror, source, keep_archives, patience).run()
-            else:
-                _warn_of_unused(source, name, root)
-                shutil.rmtree(_download_folder(root, name), ignore_errors=True)
+        if force or any(os.path.lexists(path) for path in leftovers) or not job.is_complete():
+            root.mkdir(parents=True, exist_ok=True)
+            with _alone(name, root):
+                job.clear_killed()
+                if force or not job.is_complete():  # another process may have fetched it meanwhile
+                    job.run()
+                    return folder_of(name, root, entries)
+                shutil.rmtree(job.download, ignore_errors=True)
     except OSError as error:
         raise TocomError(
             f"cannot write {error.filename or root / name}: {error.strerror or error};"
             " free some space or choose another folder with --root"
         ) from error
-    return folder_of(name, root, entries)
-
-
-def _checked_mirror(mirror: str | None) -> str | None:
-    if mirror and not mirror.startswith(("https://", "http://", "file:///")):
-        raise TocomError(f"the mirror {mirror!r} is not a URL; write https://, http:// or file:/// before it")
-    return mirror
-
-
-def _warn_of_unused(source: str | os.PathLike | None, name: str, root: Path) -> None:
-    """Say that --from changes nothing, unless that folder is the one that is registered."""
-    record = read_record(root / name)
-    if source is not None and record.folder != str(Path(source).absolute()):
+    if source is not None and read_record(root / name).folder != str(Path(source).absolute()):
         _log.warning("%s is there already, so --from %s was not used; --force replaces it", name, source)
-
-
-def _is_occupied(folder: Path) -> bool:
-    """Return whether something is there; an empty folder, as a workflow makes for the files of a job, is nothing."""
-    return folder.is_symlink() or (folder.exists() and not (folder.is_dir() and not any(folder.iterdir())))
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder with all it holds, or a file or link, and not what a link leads to."""
-    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
-
-
-def _is_complete(name: str, root: Path, entry: DataSet) -> bool:
-    record = read_record(root / name)
-    if record is not None and not _is_current(record, entry):
-        raise TocomError(
-            f"{root / name} was fetched with other files or checksums than the catalogue has now;"
-            " fetch it again with --force"
-        )
-    if record is None and _is_occupied(root / name):
-        raise TocomError(
-            f"{root / name} is there, but was not made by `tocom data fetch`; move it away"
-            " (then `--from FOLDER` registers it), or replace it with --force"
-        )
-    return record is not None
+    return folder_of(name, root, entries)
 
 
 @contextlib.contextmanager
@@ -249,7 +158,7 @@ def _alone(name: str, root: Path) -> Iterator[None]:
     """Hold the data set's lock; wait, and say so, while another process does."""
     from filelock import FileLock, Timeout
 
-    path = root / f".{name}.lock"
+    path = hidden(root, name, "lock")
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -264,18 +173,13 @@ def _alone(name: str, root: Path) -> Iterator[None]:
         lock.release()
 
 
-def _clear_killed(name: str, root: Path, entry: DataSet) -> None:
-    """Remove what a killed run left, other than what can be resumed."""
-    target, old = root / name, _old_folder(root, name)
-    if os.path.lexists(old) and not os.path.lexists(target):
-        old.rename(target)  # killed between the two renames that replace it
-    for leftover in (_staging_folder(root, name), old):
-        _remove(leftover)
-    known = {name for f in entry.files for name in (f.name, part_name(f), part_name(f) + TAG)}
-    download = _download_folder(root, name)
-    for path in download.iterdir() if download.exists() else ():
-        if path.name not in known:
-            path.unlink()
+def _remove(path: Path) -> None:
+    """Remove a folder with all it holds, or a file or link, and not what a link leads to."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+
+
+class _RefusedError(TocomError):
+    """An archive that is refused or corrupt: nothing that was fetched is worth keeping."""
 
 
 @dataclass
@@ -288,33 +192,57 @@ class _Job:
     mirror: str | None
     source: str | os.PathLike | None
     keep_archives: bool
-    patience: Patience
 
-    @property
-    def entry(self) -> DataSet:
-        """What the catalogue says of it."""
-        return self.catalogue[self.name]
+    def __post_init__(self) -> None:
+        """Name the paths."""
+        self.entry: DataSet = self.catalogue[self.name]
+        self.target = self.root / self.name
+        self.download, self.staging, self.old = (hidden(self.root, self.name, w) for w in ("download", "unpack", "old"))
+
+    def is_complete(self) -> bool:
+        """Return whether the data set is in place; raise TocomError if something else is."""
+        record = read_record(self.target)
+        if record is not None and not record.fits(self.entry):
+            raise TocomError(
+                f"{self.target} was fetched with other files or checksums than the catalogue has now;"
+                " fetch it again with --force"
+            )
+        # An empty folder, as a workflow makes for the files of a job, is nothing.
+        empty = self.target.is_dir() and not self.target.is_symlink() and not any(self.target.iterdir())
+        if record is None and os.path.lexists(self.target) and not empty:
+            raise TocomError(
+                f"{self.target} is there, but was not made by `tocom data fetch`; move it away"
+                " (then `--from FOLDER` registers it), or replace it with --force"
+            )
+        return record is not None
+
+    def clear_killed(self) -> None:
+        """Remove what a killed run left, other than files that were verified."""
+        if os.path.lexists(self.old) and not os.path.lexists(self.target):
+            self.old.rename(self.target)  # killed between the two renames that replace it
+        known = {file.name for file in self.entry.files}
+        halves = [path for path in self.download.iterdir() if path.name not in known] if self.download.exists() else []
+        for leftover in (self.staging, self.old, *halves):
+            _remove(leftover)
 
     def run(self) -> None:
         """Leave a complete data set in place, or raise and leave no more than the module's text says."""
         local = self._local_files()
         if self.source is not None and (not local or self._is_unpacked(local)):
-            self._register(Path(self.source))
+            self._register(Path(self.source).absolute())
             return
         self._check_by_hand(local)
         self._check_space()
-        download = _download_folder(self.root, self.name)
         try:
-            fetched = [self._fetch_file(file, local.get(file.name), download) for file in self.entry.files]
-            with self._staging() as staging:
-                self._fill(staging, download)
-                self._seal(staging, fetched)
+            fetched = [self._fetch_file(file, local.get(file.name)) for file in self.entry.files]
+            with self._in_place() as staging:
+                self._fill(staging)
+                _seal(staging, self.name, fetched)
                 if self.keep_archives:
-                    self._keep(download)
-                self._put_in_place(staging)
-            shutil.rmtree(download)
+                    self._keep(self.root / ".archives" / self.name)
+            shutil.rmtree(self.download)
         except (OSError, _RefusedError):
-            shutil.rmtree(download, ignore_errors=True)
+            shutil.rmtree(self.download, ignore_errors=True)
             raise
 
     # --- sources
@@ -326,8 +254,8 @@ class _Job:
         source = Path(self.source).absolute()
         if not source.exists():
             raise TocomError(f"--from {self.source}: no such file or folder")
-        if source.resolve().is_relative_to((self.root / self.name).resolve()):
-            raise TocomError(f"--from {self.source} lies in {self.root / self.name}; move it elsewhere first")
+        if source.resolve().is_relative_to(self.target.resolve()):
+            raise TocomError(f"--from {self.source} lies in {self.target}; move it elsewhere first")
         folder, found = (source, None) if source.is_dir() else (source.parent, source.name)
         local = {f.name: folder / f.name for f in self.entry.files if found in (None, f.name)}
         local = {name: path for name, path in local.items() if path.is_file()}
@@ -338,8 +266,6 @@ class _Job:
 
     def _is_unpacked(self, local: dict[str, Path]) -> bool:
         """Whether ``source`` has all but the archives: some data sets keep plain files beside what is unpacked."""
-        from tocom.data.families import FAMILIES, check_layout
-
         archives = {file.name for file in self.entry.files if file.unpack is not None}
         if not archives or archives & local.keys() or self.entry.family not in FAMILIES:
             return False
@@ -347,6 +273,22 @@ class _Job:
             check_layout(self.name, Path(self.source), self.catalogue)
             return True
         return False
+
+    def _register(self, source: Path) -> None:
+        """Note where an unpacked data set lies, if it is one; nothing is copied."""
+        files = _files_below(source)
+        if not files:
+            raise TocomError(f"--from {source} holds no files; give the folder that holds {self.name}")
+        try:
+            check_layout(self.name, source, self.catalogue)
+        except TocomError as error:
+            names = ", ".join(file.name for file in self.entry.files)
+            archives = f", nor does it hold {names}" if names else ""
+            raise TocomError(f"--from {source} is not {self.name} as it is unpacked{archives}: {error}") from None
+        size = sum(path.stat().st_size for path in files)
+        with self._in_place() as staging:
+            _write(Record(data_set=self.name, count=len(files), bytes=size, folder=str(source)), staging)
+        shutil.rmtree(self.download, ignore_errors=True)
 
     def _check_by_hand(self, local: dict[str, Path]) -> None:
         missing = [file.name for file in self.entry.files if file.name not in local]
@@ -359,11 +301,8 @@ class _Job:
             )
 
     def _check_space(self) -> None:
-        download = _download_folder(self.root, self.name)
-        names = {file.name: (file.name, part_name(file)) for file in self.entry.files}
-        there = sum((download / n).stat().st_size for pair in names.values() for n in pair if (download / n).exists())
-        unpacked = self.entry.unpacked_bytes if any(file.unpack is not None for file in self.entry.files) else 0
-        needed = max(0, self.entry.download_bytes - there) + unpacked
+        missing = sum(file.size for file in self.entry.files if not (self.download / file.name).exists())
+        needed = missing + (self.entry.unpacked_bytes if any(f.unpack is not None for f in self.entry.files) else 0)
         free = shutil.disk_usage(self.root).free
         if needed > free:
             raise TocomError(
@@ -371,140 +310,104 @@ class _Job:
                 " free some space or choose another folder with --root"
             )
 
-    def _urls(self, file: RemoteFile, local: Path | None) -> Iterator[str]:
-        if local is not None:
-            yield local.as_uri()
-        if self.mirror:
-            yield f"{self.mirror.rstrip('/')}/{quote(self.name)}/{quote(file.name)}"
-        yield from file.urls
-
     # --- download
 
-    def _fetch_file(self, file: RemoteFile, local: Path | None, download: Path) -> FetchedFile:
-        problems: list[tuple[str, Exception]] = []
-        for url in self._urls(file, local):
-            try:
-                path = download_file(file, url, download, f"{self.name}: {file.name}", self.patience)
-            except (CutError, WrongError) as problem:
-                problems.append((_host(url), problem))
-                continue
-            checksum = file.checksum or f"sha256:{sha256(path)}"
-            if file.checksum is None:
-                _log.warning("%s was not verified: %s; it has %s", file.name, file.checksum_note, checksum)
-            return FetchedFile(
-                name=file.name,
-                size=path.stat().st_size,
-                checksum=checksum,
-                verified=file.checksum is not None,
-                url=url,
-            )
+    def _fetch_file(self, file: RemoteFile, local: Path | None) -> FetchedFile:
+        """Try the mirrors in turn, and those that may only be busy again."""
+        urls = [] if local is None else [local.as_uri()]
+        urls += [f"{self.mirror.rstrip('/')}/{quote(self.name)}/{quote(file.name)}"] if self.mirror else []
+        problems = dict.fromkeys((*urls, *file.urls), _MirrorError("not tried", final=False))
+        for attempt in range(TRIES):
+            for url in [url for url, problem in problems.items() if not problem.final]:
+                try:
+                    path = _download(file, url, self.download, f"{self.name}: {file.name}")
+                except _MirrorError as problem:
+                    problems[url] = problem
+                    continue
+                checksum = file.checksum or f"sha256:{sha256(path)}"
+                if file.checksum is None:
+                    _log.warning("%s was not verified: %s; it has %s", file.name, file.checksum_note, checksum)
+                about = {"name": file.name, "size": path.stat().st_size, "checksum": checksum}
+                return FetchedFile(**about, verified=file.checksum is not None, url=url)
+            if all(problem.final for problem in problems.values()):
+                break
+            if attempt + 1 < TRIES:
+                time.sleep(WAIT * 2**attempt)
         with contextlib.suppress(OSError):
-            download.rmdir()  # if nothing in it can be resumed
-        raise TocomError(self._report(file, download, problems))
+            self.download.rmdir()  # if nothing in it was verified
+        raise TocomError(self._report(file, problems))
 
-    def _report(self, file: RemoteFile, download: Path, problems: list[tuple[str, Exception]]) -> str:
-        reasons = "; ".join(f"{host}: {problem}" for host, problem in problems)
+    def _report(self, file: RemoteFile, problems: dict[str, _MirrorError]) -> str:
+        reasons = "; ".join(f"{_host(url)}: {problem}" for url, problem in problems.items())
         elsewhere = "give another mirror with --mirror URL or a copy of your own with --from PATH"
-        if all(isinstance(problem, WrongError) for _, problem in problems):
+        if all(problem.wrong for problem in problems.values()):
             return (
                 f"{self.name}: {file.name} has the wrong checksum on every mirror, expected {file.checksum}: {reasons};"
                 f" look for news at {self.entry.homepage}, or {elsewhere}"
             )
-        kept = (
-            f" (what arrived is kept in {download}, and the next fetch goes on from there)" if download.exists() else ""
-        )
-        return f"cannot fetch {self.name}: {file.name}: {reasons}; try again later{kept}, or {elsewhere}"
+        return f"cannot fetch {self.name}: {file.name}: {reasons}; try again later, or {elsewhere}"
 
-    # --- unpack, record, move into place
+    # --- unpack and move into place
 
     @contextlib.contextmanager
-    def _staging(self) -> Iterator[Path]:
-        """A folder beside the target that is gone at the end, unless it was moved into place."""
-        staging = _staging_folder(self.root, self.name)
-        staging.mkdir()
+    def _in_place(self) -> Iterator[Path]:
+        """A folder beside the target to fill; it takes the target's place at the end, or is gone if that fails."""
+        self.staging.mkdir()
         try:
-            yield staging
+            yield self.staging
+            if os.path.lexists(self.target):
+                self.target.rename(self.old)
+            self.staging.rename(self.target)
         finally:
-            if staging.exists():
-                shutil.rmtree(staging)
+            shutil.rmtree(self.staging, ignore_errors=True)
+        _remove(self.old)
 
-    def _fill(self, staging: Path, download: Path) -> None:
+    def _fill(self, staging: Path) -> None:
         archives = [file for file in self.entry.files if file.unpack is not None]
         limit = self.entry.unpacked_bytes + self.entry.unpacked_bytes // 2
-        title = f"{self.name}: unpacking"
-        with bar_of(None, title, "B", unit_scale=True, total=self.entry.unpacked_bytes, disable=not archives) as bar:
+        options = {"unit": "B", "unit_scale": True, "total": self.entry.unpacked_bytes, "disable": not archives}
+        with _bar(desc=f"{self.name}: unpacking", **options) as bar:
             for file in archives:
                 try:
-                    limit -= unpack(download / file.name, staging / file.unpack, limit, advance=bar.update)
+                    limit -= unpack(self.download / file.name, staging / file.unpack, limit, advance=bar.update)
                 except TocomError as error:
                     raise _RefusedError(f"{self.name}: {error}") from None
         for file in self.entry.files:
             if file.unpack is None:
                 if (staging / file.name).exists():
-                    raise _RefusedError(
-                        f"{self.name}: {file.name} is a file of its own, and in one of the archives too"
-                    )
+                    raise _RefusedError(f"{self.name}: {file.name} is a file of its own, and in an archive too")
                 # A kill from here to the end costs these files; unpacking, which takes longest, is over.
-                (download / file.name).replace(staging / file.name)
+                (self.download / file.name).replace(staging / file.name)
 
-    def _seal(self, folder: Path, fetched: list[FetchedFile]) -> None:
-        lines, size = [], 0
-        for path in bar_of(_files_below(folder), f"{self.name}: hashing"):
-            lines.append(f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n")
-            size += path.stat().st_size
-        (folder / SUMS).write_text("".join(lines), encoding="utf-8", errors="surrogateescape")
-        record = Record(data_set=self.name, files=fetched, count=len(lines), bytes=size, digest=sha256(folder / SUMS))
-        (folder / RECORD).write_text(_dump(record), encoding="utf-8")
-
-    def _keep(self, download: Path) -> None:
-        folder = self.root / ".archives" / self.name
+    def _keep(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        for file in self.entry.files:
-            if file.unpack is not None:
-                (download / file.name).replace(folder / file.name)
-
-    def _put_in_place(self, staging: Path) -> None:
-        target = self.root / self.name
-        old = _old_folder(self.root, self.name)
-        if os.path.lexists(target):
-            target.rename(old)
-        staging.rename(target)
-        _remove(old)
-
-    def _register(self, source: Path) -> None:
-        """Note where an unpacked data set lies, if it is one; nothing is copied."""
-        from tocom.data.families import check_layout
-
-        source = source.absolute()
-        files = _files_below(source)
-        if not files:
-            raise TocomError(f"--from {source} holds no files; give the folder that holds {self.name}")
-        try:
-            check_layout(self.name, source, self.catalogue)
-        except TocomError as error:
-            names = ", ".join(file.name for file in self.entry.files)
-            archives = f", nor does it hold {names}" if names else ""
-            raise TocomError(f"--from {source} is not {self.name} as it is unpacked{archives}: {error}") from None
-        size = sum(path.stat().st_size for path in files)
-        record = Record(data_set=self.name, count=len(files), bytes=size, folder=str(source))
-        with self._staging() as staging:
-            (staging / RECORD).write_text(_dump(record), encoding="utf-8")
-            self._put_in_place(staging)
-        shutil.rmtree(_download_folder(self.root, self.name), ignore_errors=True)
+        for archive in self.download.iterdir():  # plain files have gone into the data set
+            archive.replace(folder / archive.name)
 
 
-class _RefusedError(TocomError):
-    """An archive that is refused or corrupt: nothing that was fetched is worth keeping."""
+def _seal(folder: Path, name: str, fetched: list[FetchedFile]) -> None:
+    """Write the records of a folder that is complete."""
+    sums, size = _hashed(folder, name), sum(path.stat().st_size for path in _files_below(folder))
+    text = "".join(f"{digest}  {path}\n" for path, digest in sums.items())
+    (folder / SUMS).write_text(text, encoding="utf-8", errors="surrogateescape")
+    _write(Record(data_set=name, files=fetched, count=len(sums), bytes=size, digest=sha256(folder / SUMS)), folder)
 
 
-def _dump(record: Record) -> str:
-    return json.dumps(record.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+def _write(record: Record, folder: Path) -> None:
+    text = json.dumps(record.model_dump(mode="json"), indent=2, sort_keys=True) + "\n"
+    (folder / RECORD).write_text(text, encoding="utf-8")
 
 
 def _files_below(folder: Path) -> list[Path]:
     """All files below a folder but its two records, sorted by path; links to folders are not followed."""
     found = (Path(parent) / name for parent, _, names in os.walk(folder) for name in names)
     return sorted(path for path in found if path not in (folder / RECORD, folder / SUMS) and path.is_file())
+
+
+def _hashed(folder: Path, name: str) -> dict[str, str]:
+    """Return the SHA-256 of every file below a folder by its relative path, sorted."""
+    files = _bar(_files_below(folder), desc=f"{name}: hashing", unit="file")
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
 
 
 def _host(url: str) -> str:
@@ -525,15 +428,13 @@ def check(name: str, root: str | os.PathLike, catalogue: CatalogueOrPath = None)
     Raises:
         TocomError: the data set is not there, or a file is missing, changed or too many; the first is named.
     """
-    from tocom.data.families import check_layout
-
     entries = as_catalogue(catalogue)
     name = owner_of(name, entries)
     folder = folder_of(name, root, entries)
     record = read_record(Path(root) / name)
     again = f"run `tocom data fetch {name} --root {root} --force`"
-    files = _files_below(folder)
     if record.folder is not None:
+        files = _files_below(folder)
         found = (len(files), sum(path.stat().st_size for path in files))
         if found != (record.count, record.bytes):
             raise TocomError(
@@ -545,13 +446,13 @@ def check(name: str, root: str | os.PathLike, catalogue: CatalogueOrPath = None)
     if not (folder / SUMS).is_file() or sha256(folder / SUMS) != record.digest:
         raise TocomError(f"{folder / SUMS} is missing or was changed; {again}")
     text = (folder / SUMS).read_text(encoding="utf-8", errors="surrogateescape")
-    sums = {path: digest for digest, _, path in (line.partition("  ") for line in text.split("\n")[:-1])}
-    there = {path.relative_to(folder).as_posix(): path for path in files}
-    for path in bar_of(sorted(sums.keys() | there.keys()), f"{name}: hashing"):
-        if path not in there:
+    recorded = {path: digest for digest, _, path in (line.partition("  ") for line in text.split("\n")[:-1])}
+    found = _hashed(folder, name)
+    for path in sorted(recorded.keys() | found.keys()):
+        if path not in found:
             raise TocomError(f"{folder / path} is missing; {again}")
-        if path not in sums:
+        if path not in recorded:
             raise TocomError(f"{folder / path} is no file of the data set; remove it, or {again}")
-        if sha256(there[path]) != sums[path]:
+        if found[path] != recorded[path]:
             raise TocomError(f"{folder / path} was changed (its SHA-256 is not the recorded one); {again}")
     return record

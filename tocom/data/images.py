@@ -43,13 +43,16 @@ def open_image(path: str | os.PathLike):
 
 def fit_size(image, size: int, resize: Resize = "crop") -> np.ndarray:
     """Scale (bicubic) a PIL image to [3, size, size] uint8."""
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     if resize == "squash":
         image = image.resize((size, size), Image.Resampling.BICUBIC)
     else:
-        image = ImageOps.scale(image, size * CROP_RATIO / min(image.size), Image.Resampling.BICUBIC)
-        left, top = (image.width - size) // 2, (image.height - size) // 2
+        # Rounded as torchvision's Resize and CenterCrop do, which the published recipes evaluate with.
+        shorter = int(size * CROP_RATIO)
+        sides = [int(shorter * side / min(image.size)) for side in image.size]
+        image = image.resize(sides, Image.Resampling.BICUBIC)
+        left, top = (round((side - size) / 2.0) for side in image.size)
         image = image.crop((left, top, left + size, top + size))
     return np.asarray(image).transpose(2, 0, 1)
 

@@ -1,4 +1,4 @@
-"""Images of the user, named in a config: a folder, CSV files, a Hugging Face Hub data set, or a Python function.
+"""Images of the user, named in a config: folders, CSV files, a Hugging Face Hub data set, or a Python function.
 
 Every reader gives a :class:`tocom.data.listing.Listing` and decodes nothing. docs/own_data.md has a worked page for
 each. Imports neither torch nor datasets: configs are read with it.
@@ -6,7 +6,6 @@ each. Imports neither torch nor datasets: configs are read with it.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib
 import inspect
@@ -14,25 +13,28 @@ import io
 import itertools
 import json
 import os
+import pkgutil
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from tocom.data.families import ade20k
 from tocom.data.listing import SPLITS, Items, Listing
 from tocom.errors import TocomError, suggest
 from tocom.files import atomic, write_text
-from tocom.settings import Positive, Settings
+from tocom.settings import Positive, Settings, explain
 
 Split = Literal["train", "val", "test"]
 
 #: Source -> the options that belong to it; ``group`` belongs to all.
 OPTIONS: dict[str, tuple[str, ...]] = {
     "folder": (),
+    "segment": ("classes",),
     "csv": ("root", "image_column", "label_column", "classes"),
     "hub": ("subset", "revision", "splits", "image_column", "label_column", "classes"),
     "python": ("arguments", "classes"),
@@ -44,9 +46,12 @@ _HIDDEN = ("thumbs.db", "desktop.ini")
 
 
 class OwnOptions(Settings):
-    """Where images of the user come from: one of folder, csv, hub and python, or none of them."""
+    """Where images of the user come from: one of folder, segment, csv, hub and python, or none of them."""
 
     folder: str | None = Field(None, description="folder/{train,test[,val]}/CLASS/*, any format that Pillow reads")
+    segment: str | None = Field(
+        None, description="folder/{images,annotations}/{training,validation}/*: a label for every pixel"
+    )
     csv: str | dict[Split, str] | None = Field(
         None, description="CSV with columns path, label, split; or {train: a.csv, test: b.csv[, val: c.csv]}"
     )
@@ -60,13 +65,13 @@ class OwnOptions(Settings):
     splits: dict[Split, str] = Field({}, description="hub: {train: train, test: validation}, as it names them")
     arguments: dict[str, Any] = Field({}, description="python: keyword arguments of the function")
     classes: Positive | None = Field(
-        None, description="csv, hub, python: number of classes, if some have no training image"
+        None, description="number of classes; segment: needed; csv, hub, python: if some have no training image"
     )
     group: str = Field("real tasks", description="group of tasks that tables average it with")
 
     @property
     def kind(self) -> str | None:
-        """The source that is given: folder, csv, hub, python or None."""
+        """The source that is given: folder, segment, csv, hub, python or None."""
         return next((name for name in OPTIONS if getattr(self, name) is not None), None)
 
     @model_validator(mode="after")
@@ -84,19 +89,25 @@ class OwnOptions(Settings):
             value = getattr(self, option)
             if isinstance(value, dict) and value and not {"train", "test"} <= value.keys():
                 raise ValueError(f"{option} needs train and test: {option}: {{train: ..., test: ...}}")
+        if self.segment is not None and not 2 <= (self.classes or 0) <= 255:
+            raise ValueError("segment needs the number of classes, 2 to 255: classes: N")
         if self.python is not None and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.python):
             raise ValueError(f"python = {self.python!r}: write package.module:function")
         return self
 
 
-class OwnSource(OwnOptions):
-    """Images of the user: exactly one of folder, csv, hub and python."""
+def as_source(source: OwnOptions | Mapping[str, Any], name: str) -> OwnOptions:
+    """Return options as they are, and a mapping of them checked.
 
-    @model_validator(mode="after")
-    def _has_a_source(self):
-        if self.kind is None:
-            raise ValueError(f"give one of {', '.join(OPTIONS)}")
-        return self
+    Raises:
+        TocomError: the mapping has a mistake.
+    """
+    if isinstance(source, OwnOptions):
+        return source
+    try:
+        return OwnOptions.model_validate(source)
+    except ValidationError as error:
+        raise explain(error, f"task {name!r}", {"": OwnOptions}) from None
 
 
 def read_own(name: str, source: OwnOptions, cache: Path) -> Listing:
@@ -111,6 +122,7 @@ def read_own(name: str, source: OwnOptions, cache: Path) -> Listing:
     """
     readers: dict[str, Callable[[], Listing]] = {
         "folder": lambda: _read_folder(source),
+        "segment": lambda: _read_segment(source),
         "csv": lambda: _read_csv(source),
         "hub": lambda: _read_hub(source, Path(cache)),
         "python": lambda: _read_python(source),
@@ -123,7 +135,11 @@ def read_own(name: str, source: OwnOptions, cache: Path) -> Listing:
         raise TocomError(f"task {name!r}: {error}") from error
 
 
-# --- labels, for all sources ----------------------------------------------------------------------------------------
+def _titled(source: OwnOptions) -> str:
+    return f"folder {Path(source.folder or source.segment).name}"
+
+
+# --- labels of images, for all sources of them ----------------------------------------------------------------------
 
 
 def _listing(
@@ -162,26 +178,19 @@ def _encode(labels: Mapping[str, Sequence], where: str) -> tuple[dict[str, np.nd
         Labels [n] int64 by split, and the names (None if labels are numbers).
     """
     arrays = {split: np.asarray(values) for split, values in labels.items()}
-    if all(array.dtype.kind in "iu" and array.ndim == 1 for array in arrays.values()):
+    kinds = {split: array.dtype.kind if array.ndim == 1 else "?" for split, array in arrays.items()}
+    are_numbers = set(kinds.values()) <= set("iu")
+    mixed = [split for split, kind in kinds.items() if kind != "U" and not are_numbers]
+    if mixed:
+        raise TocomError(f"{where}: labels of the {mixed[0]} split are not all whole numbers or all names; mend them")
+    known = [] if are_numbers else np.unique(np.concatenate(list(arrays.values()))).tolist()
+    if not all(re.fullmatch(r"-?[0-9]+", label) for label in known):
+        return {split: np.searchsorted(known, array).astype(np.int64) for split, array in arrays.items()}, known
+    try:
         return {split: array.astype(np.int64) for split, array in arrays.items()}, None
-    for split, array in arrays.items():
-        if array.dtype.kind != "U" or array.ndim != 1:
-            raise TocomError(f"{where}: labels of the {split} split are not all whole numbers or all names; mend them")
-    known = sorted({str(label) for array in arrays.values() for label in np.unique(array)})
-    if all(re.fullmatch(r"-?[0-9]+", label) for label in known):
-        _check_spelling(known, where)
-        return {split: array.astype(np.int64) for split, array in arrays.items()}, None
-    return {split: np.searchsorted(known, array).astype(np.int64) for split, array in arrays.items()}, known
-
-
-def _check_spelling(numbers: Sequence[str], where: str) -> None:
-    """Refuse numbers that are too long to be class indices, and two spellings of one number, such as 0 and 00."""
-    spelled: dict[int, str] = {}
-    for text in numbers:
-        if len(text) > 18:
-            raise TocomError(f"{where}: {text[:18]}... is no label; number classes from 0 without gaps, or use names")
-        if spelled.setdefault(int(text), text) != text:
-            raise TocomError(f"{where}: labels {spelled[int(text)]!r} and {text!r} are one number; write it one way")
+    except OverflowError:
+        longest = max(known, key=len)
+        raise TocomError(f"{where}: {longest[:18]}... is no label; number classes from 0, or use names") from None
 
 
 def _check_numbering(train: np.ndarray, where: str) -> None:
@@ -195,9 +204,8 @@ def _check_numbering(train: np.ndarray, where: str) -> None:
 
 def _check_train_has_all(indices: Mapping[str, np.ndarray], names: list[str] | None, where: str) -> None:
     """Refuse classes that are tested or chosen on but not trained."""
-    trained = set(np.unique(indices["train"]).tolist())
     for split in indices:
-        for label in sorted(set(np.unique(indices[split]).tolist()) - trained):
+        for label in np.setdiff1d(indices[split], indices["train"]).tolist():
             raise TocomError(
                 f"{where}: class {names[label] if names else label!r} is in {split} but not in train;"
                 " add training images, remove it, or state `classes: N`"
@@ -228,7 +236,14 @@ def _check_once(files: Mapping[str, Sequence[Path]], where: str) -> None:
             seen[real] = (split, path)
 
 
-# --- a folder -------------------------------------------------------------------------------------------------------
+# --- folders --------------------------------------------------------------------------------------------------------
+
+
+def _read_segment(source: OwnOptions) -> Listing:
+    """List ``segment/{images,annotations}/{training,validation}/*``."""
+    listing = ade20k.listing(source.segment, _titled(source), source.classes, source.group)
+    _check_once({split: items.files for split, items in listing.splits.items()}, listing.source)
+    return listing
 
 
 def _read_folder(source: OwnOptions) -> Listing:
@@ -249,14 +264,14 @@ def _read_folder(source: OwnOptions) -> Listing:
             )
     files = {split: [path for name in names[split] for path in _images(folder / split / name)] for split in present}
     labels = {split: [path.parent.name for path in files[split]] for split in present}
-    _check_once(files, f"folder {folder.name}")
+    _check_once(files, _titled(source))
     empty = sorted(set(names["train"]) - set(labels["train"]))
     if empty:
         raise TocomError(f"{folder / 'train' / empty[0]} holds no images; put some in, or remove the class")
     classes = {name: index for index, name in enumerate(names["train"])}
     # By place, not through _encode: folders called "1", "2" are names.
     numbers = {split: np.array([classes[name] for name in labels[split]], dtype=np.int64) for split in present}
-    return _listing(source, f"folder {folder.name}", files, numbers, len(classes))
+    return _listing(source, _titled(source), files, numbers, len(classes))
 
 
 def _visible(folder: Path) -> list[Path]:
@@ -320,22 +335,18 @@ def _read_table(path: Path, columns: tuple[str, ...]):
     table.columns = [str(name).strip() for name in table.columns]
     for name in columns:
         if name not in table.columns:
-            raise TocomError(f"{path} has no column {name!r} but {', '.join(table.columns)}; {_column_fix(name)}")
+            fix = (
+                "give a CSV for each split: csv: {train: train.csv, test: test.csv}"
+                if name == "split"
+                else "name yours with `image_column:` and `label_column:`"
+            )
+            raise TocomError(f"{path} has no column {name!r} but {', '.join(table.columns)}; add one, or {fix}")
     table = table[list(columns)].apply(lambda column: column.str.strip())
     for name in columns:
         if (table[name] == "").any():
             row = int((table[name] == "").to_numpy().argmax()) + 1
             raise TocomError(f"{path}: row {row} below the header has no {name}; fill it in")
     return table
-
-
-def _column_fix(name: str) -> str:
-    if name == "split":
-        return (
-            "add one that says train, val or test, or give a CSV for each split:"
-            " csv: {train: train.csv, test: test.csv}"
-        )
-    return "rename one, or name yours with `image_column:` and `label_column:`"
 
 
 # --- Hugging Face Hub -----------------------------------------------------------------------------------------------
@@ -494,18 +505,11 @@ def _image_file(value: Any, what: str) -> tuple[bytes, str]:
 def _read_python(source: OwnOptions) -> Listing:
     """Call a function of the user; the folder in which tocom or snakemake was started is importable."""
     where = f"Python function {source.python}"
-    with _working_directory_first():
-        function = _find_function(source.python, where)
-        try:
-            inspect.signature(function).bind(**source.arguments)
-        except TypeError as error:
-            raise TocomError(f"{where}: {error}; mend `arguments:`") from None
-        try:
-            result = function(**source.arguments)
-        except TocomError:
-            raise
-        except Exception as error:
-            raise TocomError(f"{where} raised {type(error).__name__}: {_reason(error)}; mend it") from error
+    sys.path.insert(0, here := str(Path.cwd()))
+    try:
+        result = _call(source, where)
+    finally:
+        sys.path.remove(here)
     if isinstance(result, Listing):
         if not {"train", "test"} <= result.splits.keys() <= set(SPLITS):
             raise TocomError(f"{where}: its Listing has splits {', '.join(result.splits)}; it needs train and test")
@@ -515,31 +519,26 @@ def _read_python(source: OwnOptions) -> Listing:
     return _listing(source, where, images, labels)
 
 
-@contextlib.contextmanager
-def _working_directory_first() -> Iterator[None]:
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)
-
-
-def _find_function(spec: str, where: str) -> Callable:
-    module_name, _, name = spec.partition(":")
+def _call(source: OwnOptions, where: str) -> Any:
+    """Import the function and call it with the arguments of the config."""
     importlib.invalidate_caches()
     try:
-        module = importlib.import_module(module_name)
+        function = pkgutil.resolve_name(source.python)
     except Exception as error:
         raise TocomError(
             f"{where} cannot be imported ({type(error).__name__}: {_reason(error)}); it is looked for in {Path.cwd()}"
             " and among installed packages"
         ) from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        known = [key for key, value in vars(module).items() if callable(value)]
-        raise TocomError(f"{where}: {module_name} has no function {name!r}{suggest(name, known)}")
-    return function
+    try:
+        inspect.signature(function).bind(**source.arguments)
+    except TypeError as error:
+        raise TocomError(f"{where}: {error}; mend it or `arguments:`") from None
+    try:
+        return function(**source.arguments)
+    except TocomError:
+        raise
+    except Exception as error:
+        raise TocomError(f"{where} raised {type(error).__name__}: {_reason(error)}; mend it") from error
 
 
 def _check_result(result: Any, where: str) -> tuple[dict[str, Any], dict[str, Any]]:

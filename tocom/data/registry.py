@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tocom.data import glyphs
+from tocom.data import glyphs, scenes
+from tocom.data.catalogue import CatalogueOrPath, as_catalogue
+from tocom.data.families import load_listing
 from tocom.data.images import Resize, decode, image_files
-from tocom.data.listing import SPLITS, Items, Listing, with_validation
+from tocom.data.listing import SPLITS, Items, Listing, TaskKind, check_disjoint, with_validation
+from tocom.data.own import OPTIONS, OwnOptions, as_source, read_own
 from tocom.errors import TocomError, suggest
 from tocom.files import load_arrays, save_arrays
 
-Arrays = tuple[np.ndarray, np.ndarray]  # images [n, 3, H, W] uint8, labels [n] int64
+Arrays = tuple[np.ndarray, np.ndarray]  # images [n, 3, H, W] uint8, labels [n] int64 or [n, H, W] uint8
+Sizes = Mapping[str, int | float | None]  # split -> images; None, or no entry: what the task's source suggests
 #: Groups of tasks that this project brings along; tables average over them.
 REAL, GENERATED = "real tasks", "generated tasks"
 #: Images in the splits of a bundled task, and the share of another's training images to choose on, unless stated.
@@ -35,13 +39,21 @@ class Task:
     Attributes:
         classes: number of classes. group: whether people or this project made the images.
         source: where they come from, for tables and cards.
-        load: returns all images and labels; a generated task takes (n, seed) instead and has no end of them.
+        load: returns all images and labels; a generated task takes (n, seed) instead and has no end of them, and one to
+            segment (n, size, seed), for it is drawn at any size.
+        kind: what is asked of an image.
     """
 
     classes: int
     group: str
     source: str
     load: Callable[..., Arrays]
+    kind: TaskKind = "classify"
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Images in each split, unless stated."""
+        return DEFAULT_SIZES if self.kind == "classify" else {"train": 400, "val": 100, "test": 200}
 
 
 def _digits() -> Arrays:
@@ -74,20 +86,27 @@ TASKS: dict[str, Task] = {
     "counting": Task(6, GENERATED, "how many small letters there are", glyphs.counting),
     "location": Task(9, GENERATED, "in which cell of a 3 x 3 grid a small letter lies", glyphs.location),
     "font": Task(16, GENERATED, "in which of 16 fonts a letter is set", glyphs.font),
+    "scenes": Task(
+        len(scenes.CLASSES), GENERATED, "which shape a pixel of a scene belongs to", scenes.scenes, "segment"
+    ),
 }
 
 
-def find(name: str) -> Task:
-    """Return the bundled task called ``name``.
+def kind_of_task(
+    name: str, options: OwnOptions | Mapping[str, Any] | None = None, catalogue: CatalogueOrPath = None
+) -> TaskKind:
+    """Return what is asked of a task's images.
 
-    Raises:
-        TocomError: there is none.
+    Args:
+        options: what an entry of a config says of it beside its name. catalogue: the usual one by default.
     """
-    if name not in TASKS:
-        raise TocomError(
-            f"unknown task {name!r}{suggest(name, TASKS)}; see `tocom tasks`, or name a source of your own"
-        )
-    return TASKS[name]
+    given = options if isinstance(options, Mapping) or options is None else options.model_dump()
+    if given and any(given.get(source) is not None for source in OPTIONS):
+        return "segment" if given.get("segment") is not None else "classify"
+    if name in TASKS:
+        return TASKS[name].kind
+    entry = as_catalogue(catalogue).get(name)
+    return "segment" if entry is not None and entry.family == "ade20k" else "classify"
 
 
 def groups_of(names: Iterable[str], given: Mapping[str, str] | None = None) -> dict[str, str]:
@@ -96,18 +115,16 @@ def groups_of(names: Iterable[str], given: Mapping[str, str] | None = None) -> d
     Args:
         given: groups of tasks that are in no registry; those that are not named here either are real tasks.
     """
-    from tocom.data.catalogue import read_catalogue
-
     names = list(names)
     known = {name: task.group for name, task in TASKS.items()}
     if not set(names) <= set(known):
-        known |= {name: data_set.group for name, data_set in read_catalogue().items()}
+        known |= {name: data_set.group for name, data_set in as_catalogue(None).items()}
     known |= given or {}
     order = [name for name in known if name in set(names)] + [name for name in names if name not in known]
     return {name: known.get(name, REAL) for name in order}
 
 
-def split_real(task: Task, sizes: dict[str, int], seed: int = 0) -> dict[str, Items]:
+def _split_real(task: Task, sizes: Mapping[str, int], seed: int = 0) -> dict[str, Items]:
     """Draw disjoint, class-balanced train, val and test images; the test split takes what is left, up to its size."""
     from sklearn.model_selection import train_test_split
 
@@ -127,35 +144,36 @@ def split_real(task: Task, sizes: dict[str, int], seed: int = 0) -> dict[str, It
     return splits
 
 
-def generate(task: Task, sizes: dict[str, int]) -> dict[str, Items]:
+def _generate(task: Task, sizes: Mapping[str, int], image_size: int) -> dict[str, Items]:
     """Draw train, val and test images of a generated task, each from a seed of its own."""
-    drawn = {split: task.load(sizes[split], seed=100 + index) for index, split in enumerate(SPLITS)}
-    return {split: Items(labels, arrays=images) for split, (images, labels) in drawn.items()}
+    splits = {}
+    for index, split in enumerate(SPLITS):
+        options = {"size": image_size, "seed": index} if task.kind == "segment" else {"seed": 100 + index}
+        images, labels = task.load(sizes[split], **options)
+        splits[split] = Items(labels, arrays=images)
+    return splits
 
 
-def bundled(name: str, sizes: dict[str, int | float | None]) -> Listing:
-    """Return a bundled task in splits of the given sizes; null stands for :data:`DEFAULT_SIZES`.
-
-    Raises:
-        TocomError: there are too few images, or ``val`` is a share.
-    """
-    task = find(name)
-    sizes = {split: DEFAULT_SIZES[split] if sizes[split] is None else sizes[split] for split in SPLITS}
+def _bundled(name: str, sizes: Sizes, image_size: int) -> Listing:
+    """Return a bundled task in splits of the given sizes; the task's own stand in for None."""
+    task = TASKS[name]
+    sizes = {split: task.sizes[split] if sizes.get(split) is None else sizes[split] for split in SPLITS}
     if sizes["val"] < 1:
         raise TocomError(f"{name} is drawn anew, so data.val must be a number of images; it is {sizes['val']}")
-    splits = generate(task, sizes) if task.group == GENERATED else split_real(task, sizes)
-    return Listing(task.classes, task.group, task.source, splits)
+    splits = _generate(task, sizes, image_size) if task.group == GENERATED else _split_real(task, sizes)
+    return Listing(task.classes, task.group, task.source, splits, task.kind)
 
 
-def downloaded(listing: Listing, sizes: dict[str, int | float | None], seed: int = 0) -> Listing:
-    """Return a task with a validation split, cut down to the given sizes; null keeps what there is.
+def _limited(listing: Listing, sizes: Sizes, seed: int = 0) -> Listing:
+    """Return a task with a validation split, cut down to the given sizes; None keeps what there is.
 
-    Where the source has no validation split, null draws a tenth of the training images.
+    Where the source has no validation split, None draws a tenth of the training images.
     """
-    listing = with_validation(listing, DEFAULT_VAL if sizes["val"] is None else sizes["val"], seed)
-    limits = sizes | {"val": None if (sizes["val"] or 0) < 1 else sizes["val"]}
-    splits = {split: _limit(listing.splits[split], limits[split], seed) for split in SPLITS}
-    return Listing(listing.classes, listing.group, listing.source, splits)
+    val = sizes.get("val")
+    listing = with_validation(listing, DEFAULT_VAL if val is None else val, seed)
+    limits = {**sizes, "val": None if (val or 0) < 1 else val}
+    splits = {split: _limit(listing.splits[split], limits.get(split), seed) for split in SPLITS}
+    return replace(listing, splits=splits)
 
 
 def _limit(items: Items, n: int | None, seed: int) -> Items:
@@ -166,48 +184,53 @@ def _limit(items: Items, n: int | None, seed: int) -> Items:
 
 def listing_of(
     name: str,
-    sizes: dict[str, int | float | None],
-    root: Path,
-    source: Any | None = None,
-    catalogue: Path | None = None,
+    sizes: Sizes | None = None,
+    image_size: int = glyphs.SIZE,
+    source: OwnOptions | Mapping[str, Any] | None = None,
+    root: str | os.PathLike = "data",
+    catalogue: CatalogueOrPath = None,
 ) -> Listing:
     """Return a task's images in three splits, wherever they come from; see :func:`prepare`."""
-    from tocom.data.catalogue import read_catalogue
-
-    if source is not None:
-        from tocom.data.own import read_own
-
-        return downloaded(read_own(name, source, root), sizes)
+    sizes = sizes or {}
+    for split, n in sizes.items():
+        if split not in SPLITS:
+            raise TocomError(f"sizes of {split!r}{suggest(split, SPLITS)}; the splits are {', '.join(SPLITS)}")
+        if n is not None and (n <= 0 or (split != "val" and n % 1)):
+            raise TocomError(f"{n} images in the {split} split; give a whole number above 0 (val: or a share below 1)")
+    if source is not None and source != {}:
+        return _limited(read_own(name, as_source(source, name), Path(root)), sizes)
     if name in TASKS:
-        return bundled(name, sizes)
-    known = read_catalogue(catalogue)
+        return _bundled(name, sizes, image_size)
+    known = as_catalogue(catalogue)
     if name not in known:
-        names = [*TASKS, *known]
-        raise TocomError(f"unknown task {name!r}{suggest(name, names)}; see `tocom tasks` and `tocom data list`")
-    from tocom.data.families import load_listing
-
-    return downloaded(load_listing(name, root, catalogue), sizes)
+        raise TocomError(
+            f"unknown task {name!r}{suggest(name, [*TASKS, *known])}; see `tocom tasks` and `tocom data list`,"
+            " or name a source of your own"
+        )
+    return _limited(load_listing(name, root, known), sizes)
 
 
 def prepare(
     name: str,
     output: str | os.PathLike,
-    sizes: dict[str, int | float | None],
+    sizes: Sizes | None = None,
     image_size: int = glyphs.SIZE,
-    source: Any | None = None,
+    source: OwnOptions | Mapping[str, Any] | None = None,
     root: str | os.PathLike = "data",
     decode_train: bool = True,
     resize: Resize = "crop",
-    catalogue: str | os.PathLike | None = None,
+    catalogue: CatalogueOrPath = None,
 ) -> dict:
     """Decode a task once and write its splits as one safetensors file.
 
+    Files of a task to segment are listed, not decoded: ADE20k at 512 pixels would take 20 GB.
+
     Args:
         name: a bundled task, a data set of the catalogue, or any name if ``source`` is given.
-        sizes: images in each split, or None; see :func:`bundled` and :func:`downloaded`. ``val`` may be a share of the
-            training images.
-        image_size: side in pixels that images are scaled to.
-        source: a :class:`tocom.data.own.OwnSource`, or None.
+        sizes: images in each split; None, or no entry, stands for all there are (of a bundled task: its usual sizes; of
+            a val split that has to be drawn from the training images: a tenth). ``val`` may be a share of those.
+        image_size: side in pixels that images are scaled to, or that views of images to segment are cut to.
+        source: images of the user, as a :class:`tocom.data.own.OwnOptions` or a dict of its fields; or None.
         root: folder of the downloaded data sets.
         decode_train: whether the training images are decoded, too; otherwise they stay what they are (files, or
             arrays of their own size), to be augmented from there.
@@ -218,19 +241,25 @@ def prepare(
     Raises:
         TocomError: the task is unknown, not downloaded, too small, or an image cannot be read.
     """
-    listing = listing_of(name, sizes, Path(root), source, None if catalogue is None else Path(catalogue))
+    listing = listing_of(name, sizes, image_size, source, root, catalogue)
+    if source is not None:
+        check_disjoint(name, listing)
     arrays = {}
     for split, items in listing.splits.items():
+        if listing.kind == "segment":
+            for part, values in (("images", items.images), ("labels", items.labels)):
+                arrays[f"{split}_{part}"] = values if isinstance(values, np.ndarray) else pack_paths(values)
+            continue
         arrays[f"{split}_labels"] = items.labels.astype(np.int64)
         if split != "train" or decode_train:
-            images = items.files if items.arrays is None else items.arrays
-            arrays[f"{split}_images"] = decode(images, image_size, resize, f"{name} {split}")
+            arrays[f"{split}_images"] = decode(items.images, image_size, resize, f"{name} {split}")
         elif items.files is not None:
             arrays[f"{split}_files"] = pack_paths(items.files)
         else:
             arrays[f"{split}_images"] = items.arrays
     metadata = {
         "kind": "task",
+        "task_kind": listing.kind,
         "task": name,
         "classes": listing.classes,
         "group": listing.group,
@@ -260,7 +289,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
         TocomError: the file is missing, corrupt, or not a prepared task.
     """
     arrays, metadata = load_arrays(path)
-    if metadata.get("kind") != "task":
+    if metadata.get("kind") != "task" or "task_kind" not in metadata:
         raise TocomError(f"{path} is not a prepared task; make it with `tocom prepare`")
     return arrays, metadata
 
@@ -278,7 +307,7 @@ def split_files(files: list[Path], n_held_out: int, seed: int = 0) -> tuple[list
     return files[first:], files[:first]
 
 
-def pretraining_files(where: str, root: str | os.PathLike = "data", catalogue: Path | None = None) -> list[Path]:
+def pretraining_files(where: str, root: str | os.PathLike = "data", catalogue: CatalogueOrPath = None) -> list[Path]:
     """Return the images to distil on: those anywhere below a folder, or the training split of a data set.
 
     Args:
@@ -287,12 +316,9 @@ def pretraining_files(where: str, root: str | os.PathLike = "data", catalogue: P
     Raises:
         TocomError: it is neither, or it was not downloaded.
     """
-    from tocom.data.catalogue import read_catalogue
-
-    if where in read_catalogue(catalogue):
-        from tocom.data.families import load_listing
-
-        files = load_listing(where, Path(root), catalogue).splits["train"].files
+    known = as_catalogue(catalogue)
+    if where in known:
+        files = load_listing(where, root, known).splits["train"].files
         if files is None:
             raise TocomError(f"{where} does not consist of image files; distil on a folder of images")
         return list(files)

@@ -1,45 +1,167 @@
-"""Evaluate every cell of a checkpoint: (inference degree, with and without ToCom)."""
+"""Evaluate every cell of a checkpoint: (method, inference degree)."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
-from tocom.compensator import Compensator
 from tocom.errors import TocomError
 from tocom.files import save_arrays
-from tocom.models import load_model, pick_device
-from tocom.settings import PLAIN, RANDOM, EvaluateSettings
-from tocom.stages.common import Split, TaskData, compressed, load_task, predict, scored
+from tocom.jobs import EvaluatedMethod, EvaluateJob
+from tocom.models import compress, load_model, pick_device
+from tocom.parts import Compensator, kind_of, load_part, source_degree
+from tocom.settings import PLAIN, EvaluateSettings
+from tocom.tasks import Task, load_task
 from tocom.training import bar, make_deterministic
 from tocom.vit import CompressedViT, gflops
 
-#: What a stage keeps of a model's predictions.
-T = TypeVar("T")
+Record = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One evaluated condition of a checkpoint.
+class Evaluated:
+    """A method, how it is evaluated, and its compensator if it has one."""
 
-    Attributes:
-        infer_degree: tokens removed in every block.
-        compensated: whether ToCom was offered; ``scale`` is the factor chosen for it (0: declined).
-        compensator: the variant of ToCom, or "none".
-        gflops: billions of multiply-adds for one image.
+    name: str
+    how: EvaluatedMethod
+    compensator: Compensator | None
+
+
+def evaluate(
+    job: EvaluateJob,
+    checkpoints: Sequence[str | os.PathLike] | str | os.PathLike,
+    data: str | os.PathLike,
+    compensators: Mapping[str, str | os.PathLike],
+    output: str | os.PathLike,
+) -> list[dict[str, Any]]:
+    """Evaluate all cells of some checkpoints of one task and keep what was predicted for every test image.
+
+    Args:
+        checkpoints: files, or a folder of them. data: the prepared task.
+        compensators: method -> file, for the job's methods that add one.
+        output: a file with what is predicted, arrays [cells, images, ...], and the cells in its metadata.
+
+    Returns:
+        The cells: method, compressor, train_degree, seed, infer_degree, compensated, compensator, scale (chosen on
+        validation images; 0: declined), gflops.
+
+    Raises:
+        TocomError: an input is missing, corrupt or of another task, or a degree is out of range.
     """
+    make_deterministic(job.settings.threads)
+    task = load_task(data, pick_device(job.settings.device))
+    methods = [_method(name, how, compensators) for name, how in job.methods.items()]
+    files = _files(checkpoints)
+    cells, records = [], []
+    total = len(files) * sum(len(method.how.infer_degrees) for method in methods)
+    with bar(None, f"evaluate {task.name}", total=total) as progress:
+        for path in files:
+            for cell, record in evaluate_checkpoint(path, task, methods, job.settings, progress):
+                cells.append(cell)
+                records.append(record)
+    arrays = {name: np.stack([record[name] for record in records]) for name in records[0]}
+    about = {"kind": "predictions", "task": task.name, "backbone": job.backbone, "metric": task.metric, "cells": cells}
+    save_arrays(output, arrays | task.labels(), about)
+    return cells
 
-    infer_degree: int
-    compensated: bool
-    compensator: str
-    scale: float
-    gflops: float
+
+def _method(name: str, how: EvaluatedMethod, files: Mapping[str, str | os.PathLike]) -> Evaluated:
+    if how.compensated and name not in files:
+        raise TocomError(f"method {name!r} adds a compensator; name its file (--compensator {name}=FILE)")
+    return Evaluated(name, how, load_part(files[name], "compensator") if how.compensated else None)
+
+
+def _files(checkpoints: Sequence[str | os.PathLike] | str | os.PathLike) -> list[Path]:
+    """Return the checkpoints in a folder, by name, or those that were named."""
+    if not isinstance(checkpoints, str | os.PathLike):
+        return [Path(path) for path in checkpoints]
+    folder = Path(checkpoints)
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
+    if not files:
+        raise TocomError(f"{folder} holds no checkpoints; fine-tune some first (`tocom finetune`)")
+    return files
+
+
+def evaluate_checkpoint(
+    checkpoint: str | os.PathLike,
+    task: Task,
+    methods: Sequence[Evaluated],
+    settings: EvaluateSettings,
+    progress: tqdm,
+) -> list[tuple[dict[str, Any], Record]]:
+    """Return the cells of a checkpoint with what is predicted in each; plain methods come first.
+
+    A model that was trained at no one degree has no compensated cells.
+    """
+    model, meta = load_model(checkpoint)
+    if meta.get("task") != task.name:
+        raise TocomError(
+            f"{checkpoint} was fine-tuned for {meta.get('task')!r}, not for {task.name!r}; check the paths"
+        )
+    for method in methods:
+        if method.compensator is not None:
+            check_compensator(checkpoint, meta, model, method.compensator)
+    source = source_degree(meta["train_degree"])
+    vit = compress(model.to(task.device), meta, meta["compressor"], source or 0)
+    module = task.restore(vit, meta)
+    run = {
+        "compressor": meta["compressor"]["kind"].rpartition(":")[2],
+        "train_degree": meta["train_degree"],
+        "seed": meta["seed"],
+    }
+    cells: list[tuple[dict[str, Any], Record]] = []
+    plain: dict[int, Record] = {}
+
+    def record(method: Evaluated, scale: float, known: Record | None = None) -> Record:
+        predicted = task.test(module, settings.batch_size, settings.precision) if known is None else known
+        added = method.compensator
+        cell = {"method": method.name, **run, "infer_degree": vit.degree, "compensated": added is not None}
+        cell |= {"compensator": PLAIN if added is None else kind_of(type(added)).rpartition(":")[2]}
+        cells.append((cell | {"scale": scale, "gflops": round(gflops(vit), 6)}, predicted))
+        progress.update()
+        return predicted
+
+    for method in methods:
+        if method.compensator is None:
+            for degree in method.how.infer_degrees:
+                vit.set_degree(degree)
+                plain[degree] = record(method, 0.0, plain.get(degree))
+    for method in methods if source is not None else ():
+        if method.compensator is not None:
+            vit.detach().set_degree(source)
+            vit.attach(method.compensator)
+            for degree in method.how.infer_degrees:
+                scale = _chosen(
+                    vit.set_degree(degree),
+                    source,
+                    method,
+                    settings,
+                    lambda: task.validate(module, settings.batch_size, settings.precision),
+                )
+                vit.set_degree(degree, scale)
+                record(method, scale, known=None if scale else plain.get(degree))
+    return cells
+
+
+def _chosen(
+    vit: CompressedViT,
+    source: int,
+    method: Evaluated,
+    settings: EvaluateSettings,
+    figures: Callable[[], tuple[float, float]],
+) -> float:
+    """Return the scale to use at the present degree: 0 at the train degree, where there is nothing to compensate."""
+    if vit.degree == source:
+        return 0.0
+    scales = [scale * method.compensator.trained_scale for scale in method.how.scales or settings.scales]
+    return choose_scale(vit, scales, figures, settings)
 
 
 def choose_scale(
@@ -48,7 +170,7 @@ def choose_scale(
     """Return the scale with the best validation figure at the model's present degree; ties go to the smaller.
 
     Args:
-        figures: returns the accuracy (or mIoU) of the model as it is on the validation images, and minus its loss.
+        figures: returns the score of the model as it is on the validation images, and minus its loss.
     """
     if len(scales) == 1:
         return scales[0]
@@ -56,103 +178,16 @@ def choose_scale(
 
     def rank(scale: float) -> tuple[float, ...]:
         vit.set_degree(degree, scale)
-        accuracy, loss = figures()
-        return (accuracy, loss) if settings.select_by == "accuracy" else (loss,)
+        score, loss = figures()
+        return (score, loss) if settings.select_by == "score" else (loss,)
 
     return max(sorted(scales), key=rank)  # the first of equals
 
 
-@dataclass(frozen=True)
-class Variant:
-    """A compensator under the name that tables give it, and how it is used.
-
-    Attributes:
-        scales: candidate scales, as multiples of the trained one; None: those of the settings.
-    """
-
-    name: str
-    compensator: Compensator
-    scales: tuple[float, ...] | None = None
-
-
-def evaluate_cells(
-    vit: CompressedViT,
-    source: int | str,
-    variants: Sequence[Variant],
-    infer_degrees: Sequence[int],
-    settings: EvaluateSettings,
-    predicted: Callable[[], T],
-    figures: Callable[[], tuple[float, float]],
-    progress: tqdm,
-) -> tuple[list[Cell], list[T]]:
-    """Return the cells of a model, plain ones first, and what it predicts in each.
-
-    Args:
-        source: the degree it was trained at; a model that was trained at degrees drawn at random has none, and so no
-            compensated cells.
-        predicted: returns what the model predicts, as it is, for the test images.
-        figures: see :func:`choose_scale`; only these decide on the scale.
-    """
-    cells, predictions = [], []
-
-    def record(name: str, scale: float, known: T | None = None) -> None:
-        predictions.append(predicted() if known is None else known)
-        cells.append(Cell(vit.degree, name != PLAIN, name, scale, round(gflops(vit), 6)))
-        progress.update()
-
-    for degree in infer_degrees:
-        vit.set_degree(degree)
-        record(PLAIN, scale=0.0)
-    plain = dict(zip(infer_degrees, predictions, strict=True))
-    for variant in variants if source != RANDOM else ():
-        scales = [s * variant.compensator.trained_scale for s in variant.scales or settings.scales]
-        vit.detach().set_degree(source)
-        vit.attach(variant.compensator)
-        for degree in infer_degrees:
-            scale = 0.0
-            if degree != source:  # P(m->m) is zero, whatever the scale
-                scale = choose_scale(vit.set_degree(degree), scales, figures, settings)
-            vit.set_degree(degree, scale)
-            record(variant.name, scale, known=None if scale else plain[degree])
-    return cells, predictions
-
-
-def evaluate_checkpoint(
-    checkpoint: str | os.PathLike,
-    task: TaskData,
-    variants: Sequence[Variant],
-    infer_degrees: list[int],
-    settings: EvaluateSettings,
-    progress: tqdm,
-) -> tuple[list[Cell], np.ndarray, dict]:
-    """Return the cells of a checkpoint, their predictions [cells, test images] int16, and the checkpoint's metadata."""
-    model, meta = load_model(checkpoint)
-    if meta.get("task") != task.name:
-        raise TocomError(
-            f"{checkpoint} was fine-tuned for {meta.get('task')!r}, not for {task.name!r}; check the paths"
-        )
-    for variant in variants:
-        check_compensator(checkpoint, meta, model, variant.compensator)
-    source = meta["train_degree"]
-    vit = compressed(model.to(task.device), meta, meta["compressor"], 0 if source == RANDOM else source)
-
-    def logits(split: Split) -> Tensor:
-        return predict(vit, split.images, settings.batch_size, settings.precision)
-
-    def predicted() -> np.ndarray:
-        return logits(task.test).argmax(-1).numpy().astype(np.int16)
-
-    def figures() -> tuple[float, float]:
-        return scored(logits(task.val), task.val.labels)
-
-    cells, predictions = evaluate_cells(vit, source, variants, infer_degrees, settings, predicted, figures, progress)
-    return cells, np.stack(predictions), meta
-
-
 def check_compensator(checkpoint: str | os.PathLike, meta: dict, model: nn.Module, compensator: Compensator) -> None:
-    """Raise TocomError if a compensator was distilled on another backbone, or on one run in another way.
+    """Raise TocomError if a compensator was learned on another backbone, or on one run in another way.
 
-    What a compensator's file does not say (a foreign one, or an old one) is not checked.
+    What a compensator's file does not say (a foreign one) is not checked.
 
     Args:
         meta: what the checkpoint says of itself. model: what was built from it.
@@ -160,57 +195,15 @@ def check_compensator(checkpoint: str | os.PathLike, meta: dict, model: nn.Modul
     made_for = compensator.metadata.get("backbone_sha256", meta["backbone_sha256"])
     if made_for != meta["backbone_sha256"]:
         raise TocomError(
-            f"{checkpoint} was trained from another backbone than this compensator was distilled on"
-            f" ({meta['backbone_sha256'][:12]}, {made_for[:12]}); distil one for its backbone"
+            f"{checkpoint} was trained from another backbone than this compensator was learned on"
+            f" ({meta['backbone_sha256'][:12]}, {made_for[:12]}); learn one for its backbone"
         )
     run = {"proportional_attention": meta.get("proportional_attention", True)}
     run |= {name: list(model.pretrained_cfg[name]) for name in ("mean", "std")}
     for name, value in run.items():
-        distilled = compensator.metadata.get(name, value)
-        if distilled != value:
+        learned = compensator.metadata.get(name, value)
+        if learned != value:
             raise TocomError(
-                f"{checkpoint} is run with {name} {value}, this compensator was distilled with {distilled};"
-                " distil one for the backbone that it was trained from"
+                f"{checkpoint} is run with {name} {value}, this compensator was learned with {learned};"
+                " learn one for the backbone that it was trained from"
             )
-
-
-def evaluate(
-    checkpoints: list[str | os.PathLike],
-    data: str | os.PathLike,
-    compensators: Mapping[str, str | os.PathLike],
-    outputs: list[str | os.PathLike],
-    infer_degrees: list[int],
-    settings: EvaluateSettings | None = None,
-    scales: Mapping[str, Sequence[float]] | None = None,
-) -> list[list[Cell]]:
-    """Evaluate all cells of some checkpoints of one task and keep every prediction.
-
-    Args:
-        data: the prepared task. outputs: a file for each checkpoint, with ``predictions`` [cells, images] int16,
-            ``labels`` [images] and the cells in its metadata.
-        compensators: variant -> file. scales: candidates for variants that have their own.
-
-    Returns:
-        The cells of each checkpoint.
-
-    Raises:
-        TocomError: an input is missing, corrupt or of another task, or a degree is out of range.
-    """
-    settings = settings or EvaluateSettings()
-    make_deterministic(settings.threads)
-    task = load_task(data, pick_device(settings.device))
-    own = {name: tuple(values) for name, values in (scales or {}).items()}
-    variants = [Variant(name, Compensator.load(path), own.get(name)) for name, path in compensators.items()]
-    results = []
-    total = len(checkpoints) * len(infer_degrees) * (1 + len(variants))
-    with bar(None, f"evaluate {task.name}", total=total) as progress:
-        for checkpoint, output in zip(checkpoints, outputs, strict=True):
-            cells, predictions, meta = evaluate_checkpoint(
-                checkpoint, task, variants, infer_degrees, settings, progress
-            )
-            kept = ("task", "train_degree", "seed", "compressor", "val_accuracy")
-            arrays = {"predictions": predictions, "labels": task.test.labels.cpu().numpy()}
-            described = {key: meta[key] for key in kept} | {"kind": "predictions"}
-            save_arrays(output, arrays, described | {"cells": [asdict(cell) for cell in cells]})
-            results.append(cells)
-    return results

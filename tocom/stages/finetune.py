@@ -1,238 +1,185 @@
-"""Fine-tune a backbone for one task at one train degree."""
+"""Fine-tune a backbone for one task at some train degrees and seeds."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from timm.loss import SoftTargetCrossEntropy
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from tocom import distributed
 from tocom.bundled import resolve
-from tocom.data.loading import TrainImages, feed, mixer, train_transform
 from tocom.errors import TocomError
-from tocom.files import sha256
-from tocom.models import load_fine_tuned, load_model, pick_device, save_model
+from tocom.files import sha256, write_rows
+from tocom.jobs import FinetuneJob
+from tocom.models import compress, load_fine_tuned, pick_device, save_model
+from tocom.parts import Compressor, Shape, Tuning, describe, described, load_part, make_part, source_degree
 from tocom.seeds import derive_seed
-from tocom.settings import RANDOM, FinetuneSettings
-from tocom.stages.common import TaskData, check_size, compressed, load_task, predict, scored
-from tocom.training import (
-    check_pairs,
-    compiled,
-    explained,
-    fit,
-    forget,
-    make_deterministic,
-    normalise,
-    random_shift,
-    resume_path,
-)
-from tocom.tuning import apply_tuning, merge_tuning
+from tocom.study import Checkpoint
+from tocom.tasks import Task, load_task
+from tocom.training import explained, fit, forget, make_deterministic, resume_path
 from tocom.vit import CompressedViT
 
-#: Images a forward pass when validation images are classified.
+#: Images a forward pass when validation images are scored.
 SCORE_BATCH = 250
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is trained: degree (or "random", up to ``max_degree``), seed and compressor."""
-
-    train_degree: int | str
-    seed: int
-    compressor: str
-    max_degree: int | None
-
-    @property
-    def start_degree(self) -> int:
-        """The degree to build the model at."""
-        return 0 if self.train_degree == RANDOM else self.train_degree
-
-    @property
-    def score_degrees(self) -> list[int]:
-        """The degrees at which validation images are classified."""
-        return [0, self.max_degree // 2, self.max_degree] if self.train_degree == RANDOM else [self.train_degree]
 
 
 @explained()
 def finetune(
+    job: FinetuneJob,
     backbone: str | os.PathLike,
     data: str | os.PathLike,
     output: str | os.PathLike,
-    train_degree: int | str,
-    seed: int,
-    compressor: str = "tome",
-    max_degree: int | None = None,
-    settings: FinetuneSettings | None = None,
-    keep_state: bool = False,
-    fine_tuned: str | os.PathLike | None = None,
-) -> dict:
-    """Fine-tune a backbone and write the best epoch as a checkpoint.
+    learned: str | os.PathLike | None = None,
+    workers: int = 0,
+) -> list[dict]:
+    """Fine-tune a backbone at every train degree and seed of a job, and write the best epoch of each as a checkpoint.
 
-    The best epoch is the one with the highest validation accuracy (ties: the lowest validation loss) at the train
-    degree; the test images are not looked at. Under torchrun, all processes train one model.
+    The best epoch is the one with the highest validation score (ties: the lowest validation loss) at the train degree;
+    the test images are not looked at. Under torchrun, all processes train one model at a time.
 
     Args:
-        backbone: a bundled name or a checkpoint. data: a prepared task. output: the checkpoint to write.
-        train_degree: tokens removed in every block while training, or "random" to draw it uniformly from
-            0..max_degree for every step, the rival that pays for its flexibility in every fine-tuning.
-        max_degree: needed for "random" only.
-        keep_state: leave the finished run's state beside the output until :func:`tocom.training.forget` is called,
-            so that a caller which is killed before it has made all of its outputs makes this one again at once.
-        fine_tuned: with ``tuning.mode`` "none": a model fine-tuned elsewhere, by default the backbone itself; it is
-            only scored and written with what evaluation needs to know of it.
+        backbone: a bundled name or a checkpoint. data: a prepared task.
+        output: folder of the checkpoints, ``train-DEGREE_seed-SEED.safetensors`` each, beside the curve of its
+            training as CSV.
+        learned: the compressor's parameters, if it is one that is learned on the backbone.
+        workers: processes that decode and augment images; they change no result.
 
     Returns:
-        What is stored with the checkpoint.
+        What is stored with each checkpoint.
 
     Raises:
-        TocomError: an input is missing or corrupt, the degree is out of range, the loss turns NaN, or an operation's
+        TocomError: an input is missing or corrupt, a degree is out of range, the loss turns NaN, or an operation's
             results vary from run to run and ``deterministic`` is set.
     """
-    settings = settings or FinetuneSettings()
-    check_degree(train_degree, max_degree)
-    run = Run(train_degree, seed, compressor, max_degree)
-    make_deterministic(settings.threads, settings.deterministic)
-    device = distributed.own_device(pick_device(settings.device))
+    make_deterministic(job.recipe.threads, job.recipe.deterministic)
+    device = distributed.own_device(pick_device(job.recipe.device))
+    for checkpoint in job.checkpoints:
+        source_degree(checkpoint.train_degree)  # refuses what is out of range before anything is trained
     with distributed.processes(device):
         task = load_task(data, device)
-        if settings.tuning.mode == "none":
-            return _keep_as_it_is(fine_tuned or backbone, backbone, task, output, run, settings)
-        if fine_tuned is not None:
-            raise TocomError("a fine-tuned model was given, but tuning.mode is not 'none'; set finetune.tuning.mode")
-        about = _train(backbone, data, task, output, run, settings)
-        if not keep_state:
-            forget(output)
-        return about
+        if task.kind != job.task_kind:
+            raise TocomError(f"{data} is a task to {task.kind}, the job is one to {job.task_kind}; set task_kind")
+        run = _Run(job, backbone, data, task, Path(output), learned, workers)
+        written = [run.write(checkpoint) for checkpoint in job.checkpoints]
+        # Kept until all are there: a job that is killed before it is done makes the first ones again at once.
+        for checkpoint in job.checkpoints:
+            forget(run.state(checkpoint))
+    return written
 
 
-def _train(backbone, data, task: TaskData, output, run: Run, settings: FinetuneSettings) -> dict:
-    model, about = load_model(backbone, num_classes=task.classes, drop_path_rate=settings.drop_path)
-    check_size(task, model)
-    run_seed = derive_seed(run.seed, task.name, str(run.train_degree))
-    torch.manual_seed(derive_seed(run_seed, "initial weights"))
-    model = apply_tuning(model, settings.tuning).to(task.device)
-    vit = compressed(model, about, run.compressor, run.start_degree)
+class _Run:
+    """What the checkpoints of one job share."""
 
-    def begin() -> None:
-        if run.train_degree == RANDOM:
-            vit.set_degree(int(torch.randint(run.max_degree + 1, ())))
+    def __init__(self, job: FinetuneJob, backbone, data, task: Task, output: Path, learned, workers: int):
+        self.job, self.backbone, self.data, self.task, self.output = job, backbone, data, task, output
+        self.learned, self.workers, self.settings = learned, workers, job.recipe
+        self.tuning: Tuning = make_part("tuning", job.tuning, max_degree=job.max_degree)
 
-    def score() -> tuple[float, float]:
-        results = [
-            scored(predict(vit.set_degree(degree), task.val.images, SCORE_BATCH, settings.precision), task.val.labels)
-            for degree in run.score_degrees
-        ]
-        return tuple(sum(values) / len(values) for values in zip(*results, strict=True))
+    def state(self, checkpoint: Checkpoint) -> Path:
+        """Return the path beside which an interrupted training keeps its state: not in a folder that is made anew."""
+        return self.output.with_name(f"{self.output.name}.{checkpoint.file}")
 
-    step, loader = _training_step(vit, task, settings, run_seed)
-    identity = {
-        "backbone": sha256(resolve(backbone)),  # its metadata, too, decide how it is run
-        "data": sha256(data),
-        "compressor": run.compressor,
-        "max_degree": run.max_degree if run.train_degree == RANDOM else None,
-    }
-    title = f"finetune {task.name} degree {run.train_degree} seed {run.seed}"
-    record = fit(
-        step,
-        model,
-        len(task.train.labels),
-        settings,
-        run_seed,
-        score,
-        title,
-        identity,
-        resume_path(output),
-        begin,
-        loader,
-        drop_last=settings.mixes,
-    )
-    merge_tuning(model)
-    described = _describe(task, run, settings, about)
-    described |= {"best_epoch": record["best_epoch"], "val_accuracy": record["score"][0]}
-    _write(output, model, about, task.classes, described)
-    return described
+    def compressor(self, model: nn.Module) -> Compressor:
+        """Return the job's compressor."""
+        if self.learned is not None:
+            return load_part(self.learned, "compressor")
+        return make_part("compressor", self.job.compressor, Shape.of(model), self.job.max_degree)
 
+    def write(self, checkpoint: Checkpoint) -> dict:
+        """Train, or take over, one model and write it."""
+        train = self.train if self.tuning.trains_anything else self.take_over
+        module, vit, about, record = train(checkpoint)
+        epochs = record.pop("epochs", None)
+        metadata = {
+            "task": self.task.name,
+            "group": self.task.group,
+            "train_degree": checkpoint.train_degree,
+            "seed": checkpoint.seed,
+            "compressor": describe(vit.compressor),
+            "max_degree": self.job.max_degree,
+            "backbone_sha256": about["sha256"],
+            "proportional_attention": about.get("proportional_attention", True),
+            "recipe": self.settings.recipe(),
+            **self.task.about(self.settings),
+            **record,
+        }
+        if distributed.is_main():
+            beside = {"compressor": vit.compressor} | self.task.beside(module)
+            path = self.output / checkpoint.file
+            save_model(path, vit.model, about["architecture"], about["kwargs"], beside, **metadata)
+            if epochs:
+                write_rows(epochs, path.with_suffix(".csv"))
+        distributed.wait_for_all()
+        return metadata
 
-def _training_step(
-    vit: CompressedViT, task: TaskData, settings: FinetuneSettings, seed: int
-) -> tuple[Callable, Callable | None]:
-    """Return the loss of a micro-batch, and what feeds it images; without augmentation by timm, indices are enough."""
-    classify = compiled(vit, settings)
-    mix = mixer(settings, task.classes, settings.label_smoothing)
-    soft = SoftTargetCrossEntropy()
+    def train(self, checkpoint: Checkpoint) -> tuple[nn.Module, CompressedViT, dict, dict]:
+        """Fine-tune one model; return it, its ViT, the backbone's metadata and the record of the training."""
+        task, settings, tuning = self.task, self.settings, self.tuning
+        label, seed = checkpoint
+        model, about = task.backbone(self.backbone, settings)
+        task.check(model)
+        run_seed = derive_seed(seed, task.name, label)
+        torch.manual_seed(derive_seed(run_seed, "initial weights"))
+        tuning.prepare(model)
+        vit = compress(model, about, self.compressor(model), source_degree(label) or 0).to(task.device)
+        module = task.module(vit, settings)
 
-    def loss(images: Tensor, labels: Tensor) -> Tensor:
-        if mix is None:
-            return F.cross_entropy(classify(images), labels, label_smoothing=settings.label_smoothing)
-        images, targets = mix(images, labels)
-        return soft(classify(images), targets)
+        def score() -> tuple[float, float]:
+            results = []
+            for degree in tuning.score_degrees(label):
+                vit.set_degree(degree)
+                results.append(task.validate(module, SCORE_BATCH, settings.precision, self.workers))
+            return tuple(sum(values) / len(values) for values in zip(*results, strict=True))
 
-    def from_memory(indices: Tensor) -> Tensor:
-        images = task.train.images[indices].to(task.device)
-        if settings.augmentation == "shift":
-            images = random_shift(images, settings.shift)
-        return loss(normalise(images, vit.model), task.train.labels[indices])
+        task_loss, loader = task.training(module, vit, settings, run_seed, self.workers)
 
-    def from_loader(batch: tuple[Tensor, Tensor]) -> Tensor:
-        return loss(*(part.to(task.device, non_blocking=True) for part in batch))
+        def step(batch) -> torch.Tensor:
+            penalty = vit.compressor.penalty()
+            return task_loss(batch) + penalty if torch.is_tensor(penalty) else task_loss(batch)
 
-    check_pairs(settings)
-    if settings.augmentation == "timm":
-        transform = train_transform(vit.model, settings)
-        images = task.train.images
-        images = images.cpu() if isinstance(images, Tensor) else images  # loading processes must not touch a GPU
-        images = TrainImages(images, task.train.labels.cpu(), transform, seed)
-        return from_loader, feed(images, settings.workers, pin=task.device.type == "cuda")
-    if not isinstance(task.train.images, Tensor) or task.train.images.shape[-2:] != task.val.images.shape[-2:]:
-        raise TocomError(
-            f"the training images of {task.name} are not decoded, which augmentation {settings.augmentation!r} needs;"
-            " prepare the task with --decode-train, or use augmentation 'timm'"
+        record = fit(
+            step,
+            module,
+            task.n_train,
+            settings,
+            run_seed,
+            score,
+            f"finetune {task.name} degree {label} seed {seed}",
+            self.identity(vit),
+            resume_path(self.state(checkpoint)),
+            lambda: tuning.begin(vit),
+            loader,
+            drop_last=getattr(settings, "mixes", False),
         )
-    return from_memory, None
+        tuning.finish(model)
+        kept = {"best_epoch": record["best_epoch"], "val_score": record["score"][0], "epochs": record["epochs"]}
+        return module, vit, about, kept | {"tuning": describe(tuning)}
 
+    def identity(self, vit: CompressedViT) -> dict:
+        """Return what names all inputs of a training."""
+        return {
+            "backbone": sha256(resolve(self.backbone)),  # its metadata, too, decide how it is run
+            "data": sha256(self.data),
+            "compressor": describe(vit.compressor),
+            "learned": None if self.learned is None else sha256(self.learned),
+            "tuning": describe(self.tuning),
+            "max_degree": self.job.max_degree,
+        }
 
-def _keep_as_it_is(fine_tuned, backbone, task: TaskData, output, run: Run, settings: FinetuneSettings) -> dict:
-    """Write a model that was fine-tuned elsewhere with what evaluation needs to know of it."""
-    model, about = load_fine_tuned(fine_tuned, backbone, task.classes, run.train_degree, run.compressor)
-    check_size(task, model)
-    if run.train_degree == RANDOM:
-        raise TocomError("a model that is used as it is was trained at one degree; leave 'random' out of train_degrees")
-    vit = compressed(model.to(task.device), about, run.compressor, run.train_degree)
-    accuracy, _ = scored(predict(vit, task.val.images, SCORE_BATCH, settings.precision), task.val.labels)
-    described = _describe(task, run, settings, about) | {"best_epoch": 0, "val_accuracy": accuracy}
-    _write(output, model, about, task.classes, described)
-    return described
-
-
-def _describe(task: TaskData, run: Run, settings: FinetuneSettings, about: dict) -> dict:
-    return {
-        "task": task.name,
-        "group": task.group,
-        "train_degree": run.train_degree,
-        "seed": run.seed,
-        "compressor": run.compressor,
-        "backbone_sha256": about["sha256"],
-        "proportional_attention": about.get("proportional_attention", True),
-        "recipe": settings.recipe(),
-    }
-
-
-def _write(output, model: nn.Module, about: dict, classes: int, described: dict) -> None:
-    """Write a fine-tuned model, once for all processes."""
-    if distributed.is_main():
-        kwargs = about["kwargs"] | {"num_classes": classes}
-        save_model(output, model, about["architecture"], kwargs, **described)
-    distributed.wait_for_all()
-
-
-def check_degree(degree: int | str, max_degree: int | None) -> None:
-    """Raise TocomError unless ``degree`` is a whole number that is not negative, or "random" up to some degree."""
-    if degree == RANDOM and max_degree is None:
-        raise TocomError("train degree 'random' needs to know how far to draw; give max_degree (--max-degree)")
-    if degree != RANDOM and (not isinstance(degree, int) or degree < 0):
-        raise TocomError(f"train degree {degree!r} is out of range: give 0 or more tokens a block, or {RANDOM!r}")
+    def take_over(self, checkpoint: Checkpoint) -> tuple[nn.Module, CompressedViT, dict, dict]:
+        """Load a model that was fine-tuned elsewhere, and score it; return what :meth:`train` does."""
+        task, label = self.task, checkpoint.train_degree
+        degree = source_degree(label)
+        if degree is None:
+            raise TocomError("a model that is used as it is was trained at one degree; name it")
+        given = self.job.fine_tuned or self.backbone
+        compressor = described("compressor", self.job.compressor)
+        model, about = load_fine_tuned(given, self.backbone, task.classes, label, compressor)
+        task.check(model)
+        vit = compress(model, about, self.compressor(model), degree).to(task.device)
+        module = task.restore(vit, about)
+        score, _ = task.validate(module, SCORE_BATCH, self.settings.precision)
+        record = {"best_epoch": 0, "val_score": score, "fine_tuned": about["fine_tuned"]}
+        return module, vit, about, record | ({"tuning": about["tuning"]} if "tuning" in about else {})

@@ -9,10 +9,10 @@ from torch.nn import functional as F
 
 from tocom import distributed
 from tocom.data import glyphs
+from tocom.jobs import PretrainJob
 from tocom.models import create, pick_device, save_model
 from tocom.seeds import derive_seed
-from tocom.settings import PretrainSettings
-from tocom.stages.common import predict
+from tocom.tasks.classify import predict
 from tocom.training import explained, fit, forget, make_deterministic, normalise, resume_path
 from tocom.vit import CompressedViT
 
@@ -33,28 +33,18 @@ def accuracy(vit: CompressedViT, images: torch.Tensor, labels: torch.Tensor, bat
 
 
 @explained()
-def pretrain(
-    output: str | os.PathLike,
-    architecture: str,
-    kwargs: dict,
-    seed: int,
-    degrees: list[int],
-    settings: PretrainSettings,
-) -> dict:
+def pretrain(job: PretrainJob, output: str | os.PathLike) -> dict:
     """Train a timm ViT on letters and write it as a checkpoint; under torchrun, all processes train one model.
 
-    Args:
-        architecture, kwargs: what timm builds.
-        degrees: degrees at which the held-out accuracy is written into the metadata, off the shelf.
-
     Returns:
-        The metadata: held-out accuracy at every degree, best epoch, minutes.
+        The metadata: held-out accuracy at every degree of the job, off the shelf; best epoch, minutes.
     """
+    settings, kwargs = job.settings, job.kwargs
     make_deterministic(settings.threads, settings.deterministic)
     device = distributed.own_device(pick_device(settings.device))
     with distributed.processes(device):
-        torch.manual_seed(derive_seed(seed, "initial weights"))
-        model = create(architecture, kwargs | {"drop_path_rate": settings.drop_path}).to(device)
+        torch.manual_seed(derive_seed(job.seed, "initial weights"))
+        model = create(job.architecture, kwargs | {"drop_path_rate": settings.drop_path}).to(device)
         images, labels = letters(settings.images)
         held_out = letters(settings.held_out, held_out=True)
 
@@ -62,23 +52,22 @@ def pretrain(
             logits = model(normalise(images[indices].to(device), model))
             return F.cross_entropy(logits, labels[indices].to(device), label_smoothing=settings.label_smoothing)
 
-        vit = CompressedViT(model)
-        title = f"pretrain seed {seed}"
+        vit = CompressedViT(model, job.compressor)
         record = fit(
             step,
             model,
             len(images),
             settings,
-            seed,
+            job.seed,
             lambda: (accuracy(vit, *held_out),),
-            title,
-            {"architecture": architecture, "kwargs": kwargs},
+            f"pretrain seed {job.seed}",
+            {"architecture": job.architecture, "kwargs": kwargs},
             resume_path(output),
         )
-        by_degree = {str(degree): accuracy(vit.set_degree(degree), *held_out) for degree in degrees}
+        by_degree = {str(degree): accuracy(vit.set_degree(degree), *held_out) for degree in job.degrees}
         metadata = {
-            "seed": seed,
-            "recipe": settings.model_dump(mode="json"),
+            "seed": job.seed,
+            "recipe": settings.recipe(),
             "best_epoch": record["best_epoch"],
             "losses": record["losses"],
             "accuracy": by_degree,
@@ -86,7 +75,7 @@ def pretrain(
             "minutes": round(record["seconds"] / 60, 1),
         }
         if distributed.is_main():
-            save_model(output, model, architecture, kwargs, **metadata)
+            save_model(output, model, job.architecture, kwargs, **metadata)
         distributed.wait_for_all()
         forget(output)
         return metadata

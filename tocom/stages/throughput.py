@@ -3,28 +3,43 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from tocom.compensator import Compensator
-from tocom.models import load_model, pick_device, set_image_size
+from tocom.errors import TocomError
+from tocom.jobs import ThroughputJob
+from tocom.models import compress, load_model, pick_device, set_image_size
+from tocom.parts import load_part
 from tocom.settings import BenchmarkSettings, ThroughputSettings
-from tocom.stages.common import compressed
 from tocom.training import autocast, bar, make_deterministic
 from tocom.vit import CompressedViT, gflops
 
 
-def peak_memory_mb(vit: CompressedViT, images: torch.Tensor) -> float:
-    """Return the most memory that tensors take during one forward pass, weights included, in MB (10^6 bytes)."""
-    return peak_memory_mb_of(lambda: vit(images), images.device, vit, images)
+def device_if_present(name: str) -> torch.device | None:
+    """Return the device that is asked for, or None if it is a GPU and there is none."""
+    absent = re.fullmatch(r"cuda(:\d+)?", name) and not torch.cuda.is_available()
+    return None if absent else pick_device(name)
 
 
-def peak_memory_mb_of(
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or of the processor with the number of threads that torch uses."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    information = Path("/proc/cpuinfo")
+    names = re.findall(r"^model name\s*: (.*)$", information.read_text(), re.M) if information.is_file() else []
+    name, threads = (names or [platform.processor() or platform.machine()])[0], torch.get_num_threads()
+    return f"{' '.join(name.split())}, {threads} thread{'s' if threads > 1 else ''}"
+
+
+def peak_memory_mb(
     work: Callable[[], object], device: torch.device, *held: nn.Module | torch.optim.Optimizer | torch.Tensor
 ) -> float:
     """Return the most memory that tensors take during a piece of work, in MB (10^6 bytes).
@@ -104,12 +119,12 @@ def step_work(
     return work
 
 
-def inference_work(vit: CompressedViT, images: torch.Tensor, precision: str) -> Callable[[], object]:
+def inference_work(module: nn.Module, images: torch.Tensor, precision: str) -> Callable[[], object]:
     """Return one forward pass."""
 
     def work() -> None:
         with torch.inference_mode(), autocast(precision, images.device):
-            vit(images)
+            module(images)
 
     return work
 
@@ -140,53 +155,59 @@ def side_by_side(
 
 
 def throughput(
-    backbone: str | os.PathLike,
-    compensator: str | os.PathLike,
-    degrees: list[int],
-    compressor: str = "tome",
-    settings: ThroughputSettings | None = None,
-    image_size: int | None = None,
+    job: ThroughputJob, backbone: str | os.PathLike, compensators: Mapping[str, str | os.PathLike]
 ) -> list[dict]:
-    """Time the uncompressed model, the compressed model and the compressed model with ToCom folded in.
+    """Time the uncompressed model, the compressed model and the compressed model with each compensator folded in.
 
-    The three take turns within each repeat, in an order that changes, so that a noisy machine treats them alike;
-    ratios are medians over repeats of the ratio within a repeat.
+    They take turns within each repeat, in an order that changes, so that a noisy machine treats them alike; ratios are
+    medians over repeats of the ratio within a repeat.
 
     Args:
-        image_size: side in pixels of the images; by default the backbone's own, else position embeddings are resized.
+        compensators: method -> file, for the job's methods that add one.
 
     Returns:
-        A row for each (degree, compensated): images_per_second (median), speedup (over the uncompressed model),
-        ratio (time with ToCom folded in over time without, with its quartiles), memory_mb, gflops, the conditions it
-        was measured under, and, if the settings say so, train_images_per_second and train_speedup of a training step
+        A row for each (degree, method): images_per_second (median), speedup (over the uncompressed model), ratio (time
+        with the compensator folded in over time without, with its quartiles), memory_mb, gflops, the conditions it was
+        measured under, and, if the settings say so, train_images_per_second and train_speedup of a training step
         (forward and backward) over that of the uncompressed model.
+
+    Raises:
+        TocomError: a file is missing or corrupt, or a degree is out of range.
     """
-    settings = settings or ThroughputSettings()
+    settings = job.settings
     make_deterministic(settings.threads)
     device = pick_device(settings.device)
+    added = {name: compensators.get(name) for name, compensated in job.methods.items() if compensated}
+    if missing := [name for name, path in added.items() if path is None]:
+        raise TocomError(f"method {missing[0]!r} adds a compensator; name its file (--compensator {missing[0]}=FILE)")
+    parts = {name: load_part(path, "compensator").to(device) for name, path in added.items()}
     rows = []
-    for degree in bar(degrees, "throughput"):
-        vits = {name: _make(backbone, device, compressor, image_size) for name in ("uncompressed", "plain", "folded")}
-        vits["plain"].set_degree(degree)
-        vits["folded"].attach(Compensator.load(compensator).to(device)).set_degree(degree)
-        images = random_images(vits["plain"], settings.batch_size, device)
+    for degree in bar(job.degrees, "throughput"):
+        vits = {name: _make(backbone, device, job) for name in (None, "", *parts)}
+        vits[""].set_degree(degree)
+        for name, part in parts.items():
+            vits[name].attach(part).set_degree(degree)
+        images = random_images(vits[""], settings.batch_size, device)
         work = {name: inference_work(vit, images, settings.precision) for name, vit in vits.items()}
         times = side_by_side(work, settings, device)
-        low, ratio, high = np.quantile(times["folded"] / times["plain"], [0.25, 0.5, 0.75])
-        training = _training_columns(vits, images, settings) if settings.training else {}
-        for compensated, name in ((False, "plain"), (True, "folded")):
+        training = _training_columns({name: vits[name] for name in (None, "")}, images, settings)
+        for method, compensated in job.methods.items():
+            name = method if compensated else ""
+            low, ratio, high = np.quantile(times[name] / times[""], [0.25, 0.5, 0.75])
             rows.append(
                 {
-                    "compressor": compressor,
+                    "study": job.study,
+                    "backbone": job.backbone,
+                    "method": method,
                     "infer_degree": degree,
                     "compensated": compensated,
                     "gflops": round(gflops(vits[name]), 6),
                     "images_per_second": settings.batch_size / np.median(times[name]),
-                    "speedup": np.median(times["uncompressed"] / times[name]),
-                    "ratio": ratio if compensated else 1.0,
-                    "ratio_low": low if compensated else 1.0,
-                    "ratio_high": high if compensated else 1.0,
-                    "memory_mb": _peak_memory_mb(vits[name], images, settings.precision),
+                    "speedup": np.median(times[None] / times[name]),
+                    "ratio": ratio,
+                    "ratio_low": low,
+                    "ratio_high": high,
+                    "memory_mb": peak_memory_mb(work[name], device, vits[name], images),
                     "image_size": images.shape[-1],
                     "batch_size": settings.batch_size,
                     "repeats": settings.repeats,
@@ -198,31 +219,30 @@ def throughput(
     return rows
 
 
-def _training_columns(vits: dict[str, CompressedViT], images: torch.Tensor, settings: ThroughputSettings) -> dict:
-    """Return the training throughput of the compressed model, measured beside the uncompressed one."""
-    vits = {name: vits[name].train() for name in ("uncompressed", "plain")}
+def _training_columns(
+    vits: dict[str | None, CompressedViT], images: torch.Tensor, settings: ThroughputSettings
+) -> dict:
+    """Return the training throughput of the compressed model (""), measured beside the uncompressed one (None)."""
+    if not settings.training:
+        return {}
+    for vit in vits.values():
+        vit.train()
     work = {name: training_work(vit, images, settings.precision) for name, vit in vits.items()}
     times = side_by_side(work, settings, images.device)
     for vit in vits.values():
         vit.zero_grad()
         vit.eval()
     return {
-        "train_images_per_second": settings.batch_size / np.median(times["plain"]),
-        "train_speedup": np.median(times["uncompressed"] / times["plain"]),
+        "train_images_per_second": settings.batch_size / np.median(times[""]),
+        "train_speedup": np.median(times[None] / times[""]),
     }
 
 
-@torch.inference_mode()
-def _peak_memory_mb(vit: CompressedViT, images: torch.Tensor, precision: str) -> float:
-    with autocast(precision, images.device):
-        return peak_memory_mb(vit, images)
-
-
-def _make(backbone: str | os.PathLike, device: torch.device, compressor: str, image_size: int | None) -> CompressedViT:
+def _make(backbone: str | os.PathLike, device: torch.device, job: ThroughputJob) -> CompressedViT:
     model, about = load_model(backbone)
-    if image_size is not None:
-        set_image_size(model, image_size)
-    return compressed(model.to(device), about, compressor).eval()
+    if job.image_size is not None:
+        set_image_size(model, job.image_size)
+    return compress(model.to(device), about, job.compressor).eval()
 
 
 def random_images(vit: CompressedViT, batch_size: int, device: torch.device) -> torch.Tensor:

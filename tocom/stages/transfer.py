@@ -7,15 +7,20 @@ adding task A's difference theta_n - theta_m to task B's theta_m should help B a
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 
 from tocom.errors import TocomError
-from tocom.models import load_model, pick_device
-from tocom.settings import NO_GAP, EvaluateSettings
-from tocom.stages.common import compressed, load_task, predict
+from tocom.jobs import TransferJob
+from tocom.models import compress, load_model, pick_device
+from tocom.parts import is_head
+from tocom.settings import PLAIN
+from tocom.study import Checkpoint
+from tocom.tasks import load_task
+from tocom.tasks.classify import predict
 from tocom.training import bar, make_deterministic
-from tocom.tuning import is_head
 
 
 @torch.no_grad()
@@ -32,61 +37,55 @@ def _check_same_weights(source: str, target: str, states: list[dict]) -> None:
     if any(other != first for other in others):
         raise TocomError(
             f"the models of {source!r} and {target!r} do not have the same weights, so no gap can be carried from one"
-            " to the other; fine-tune both with the same tuning (tuning.mode and its sizes), or leave one out"
+            " to the other; fine-tune both with the same tuning and options, or leave one out"
         )
 
 
 def transfer(
-    checkpoints: dict[tuple[str, int], tuple[str, str]],
-    data: str | os.PathLike,
-    settings: EvaluateSettings | None = None,
+    job: TransferJob, data: Mapping[str, str | os.PathLike], folders: Mapping[str, list[str | os.PathLike]]
 ) -> list[dict]:
-    """Evaluate one task's models at the high degree after adding each task's gap.
+    """Evaluate every task's models at the high degree after adding each task's gap.
 
     Args:
-        checkpoints: (task, seed) -> checkpoints fine-tuned at the low and at the high degree.
-        data: the prepared target task.
+        data: task -> its prepared file. folders: task -> where its checkpoints are.
 
     Returns:
-        A row for each (source task or "none", seed): source_task, target_task, seed, train_degree, infer_degree,
-        n, correct, accuracy.
+        A row for each (target task, seed, source task or "none"): study, backbone, method, source_task, target_task,
+        seed, train_degree, infer_degree, n, correct, accuracy.
 
     Raises:
-        TocomError: a checkpoint is missing or corrupt, the target task has none, or the tasks' models do not have the
-            same weights.
+        TocomError: a checkpoint is missing or corrupt, or the tasks' models do not have the same weights.
     """
-    settings = settings or EvaluateSettings()
-    make_deterministic(settings.threads)
-    task = load_task(data, pick_device(settings.device))
-    labels = task.test.labels.cpu()
-    seeds = sorted({seed for name, seed in checkpoints if name == task.name})
-    if not seeds:
-        raise TocomError(f"no checkpoint of {task.name!r} was given; name its low and high checkpoints too")
-    sources = [NO_GAP, *dict.fromkeys(name for name, _ in checkpoints)]
+    make_deterministic(job.settings.threads)
+    device = pick_device(job.settings.device)
     rows = []
-    with bar(None, f"transfer to {task.name}", total=len(sources) * len(seeds)) as progress:
-        for seed in seeds:
-            degree = load_model(checkpoints[task.name, seed][1])[1]["train_degree"]
-            for source in sources:
-                model, low = load_model(checkpoints[task.name, seed][0])
-                if source != NO_GAP:
-                    states = [load_model(path)[0].state_dict() for path in checkpoints[source, seed]]
-                    _check_same_weights(source, task.name, [model.state_dict(), *states])
-                    add_gap(model, *states)
-                vit = compressed(model.to(task.device), low, low["compressor"], degree)
-                logits = predict(vit, task.test.images, settings.batch_size, settings.precision)
-                correct = int((logits.argmax(-1) == labels).sum())
-                rows.append(
-                    {
-                        "source_task": source,
-                        "target_task": task.name,
-                        "seed": seed,
-                        "train_degree": low["train_degree"],
-                        "infer_degree": degree,
-                        "n": len(labels),
-                        "correct": correct,
-                        "accuracy": correct / len(labels),
-                    }
-                )
-                progress.update()
+    with bar(None, "transfer", total=len(data) * (len(data) + 1) * len(job.seeds)) as progress:
+        for target, path in data.items():
+            task = load_task(path, device)
+            labels = task.test_split.labels.cpu()
+            for seed in job.seeds:
+                for source in (PLAIN, *data):
+                    model, about = load_model(_find(folders, target, job.low, seed))
+                    if source != PLAIN:
+                        gap = [_find(folders, source, label, seed) for label in (job.low, job.high)]
+                        states = [load_model(path)[0].state_dict() for path in gap]
+                        _check_same_weights(source, target, [model.state_dict(), *states])
+                        add_gap(model, *states)
+                    vit = compress(model.to(device), about, about["compressor"], int(job.high))
+                    logits = predict(vit, task.test_split.images, job.settings.batch_size, job.settings.precision)
+                    correct = int((logits.argmax(-1) == labels).sum())
+                    row = {"study": job.study, "backbone": job.backbone, "method": job.method}
+                    row |= {"source_task": source, "target_task": target, "seed": seed}
+                    row |= {"train_degree": job.low, "infer_degree": int(job.high), "n": len(labels)}
+                    rows.append(row | {"correct": correct, "accuracy": correct / len(labels)})
+                    progress.update()
     return rows
+
+
+def _find(folders: Mapping[str, list[str | os.PathLike]], task: str, label: str, seed: int) -> Path:
+    """Return a task's checkpoint, which is in one of its folders."""
+    name = Checkpoint(label, seed).file
+    found = [Path(folder) / name for folder in folders.get(task, ()) if (Path(folder) / name).is_file()]
+    if not found:
+        raise TocomError(f"no checkpoint {name} of {task!r} was given; name the folders of all its checkpoints")
+    return found[0]

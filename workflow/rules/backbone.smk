@@ -1,56 +1,54 @@
 """Backbones that the config does not name as files: timm's, and those that are pre-trained on procedural letters."""
 
-PRETRAINED = [b.name for b in STUDY.backbones if b.architecture]
-FROM_TIMM = [b.name for b in STUDY.backbones if b.timm]
-
 
 rule import_backbone:
     output:
         BACKBONE,
     log:
-        f"{LOGS}/backbone/{{backbone}}.log",
+        "{store}/logs/import/{backbone}.log",
     benchmark:
-        f"{BENCHMARKS}/backbone/{{backbone}}.tsv"
+        "{store}/benchmarks/import/{backbone}.tsv"
     wildcard_constraints:
-        backbone=any_of(FROM_TIMM),
+        backbone=any_of(PLAN.made("timm")),
     conda:
         "../envs/tocom.yaml"
     threads: 1
     resources:
-        mem_mb=memory("backbone"),
-        runtime=minutes("backbone"),
+        mem_mb=growing(3000),
+        runtime=growing(60),
     params:
-        model=lambda wildcards: STUDY.import_options(wildcards.backbone),
+        job=lambda wildcards: PLAN.import_backbone(wildcards).as_json(),
     shell:
-        "tocom backbone {params.model} --output {output} > {log} 2>&1"
+        "tocom backbone {params.job:q} --output {output} > {log} 2>&1"
 
 
 rule pretrain_backbone:
     output:
         BACKBONE,
     log:
-        f"{LOGS}/pretrain/{{backbone}}.log",
+        "{store}/logs/pretrain/{backbone}.log",
     benchmark:
-        f"{BENCHMARKS}/pretrain/{{backbone}}.tsv"
+        "{store}/benchmarks/pretrain/{backbone}.tsv"
     wildcard_constraints:
-        backbone=any_of(PRETRAINED),
+        backbone=any_of(PLAN.made("architecture")),
     conda:
         "../envs/tocom.yaml"
-    threads: STUDY.threads("backbone", STUDY.pretrain)
+    threads: lambda wildcards: PLAN.pretrain(wildcards).settings.threads
     resources:
-        mem_mb=memory("backbone"),
-        runtime=minutes("backbone"),
-        gpu=STUDY.gpus("backbone", STUDY.pretrain.device),
-        # Not parameters, since how the work is done changes no result.
-        how=STUDY.pretrain.how_options(),
+        mem_mb=growing(3000),
+        runtime=growing(120),
+        gpu=gpus(PLAN.pretrain, lambda job: job.settings),
+        # How the work is done changes no result; profiles say it (set-resources, set-threads).
+        processes=1,
+        nodes=1,
+        # Slurm's plugin would ask for the threads for each GPU.
+        cpus_per_task=lambda wildcards, threads: threads,
     params:
-        model=lambda wildcards: STUDY.pretrain_options(wildcards.backbone),
-        degrees=options("degree", range(STUDY.max_degree + 1)),
-        settings=STUDY.pretrain.options(),
+        job=lambda wildcards: PLAN.pretrain(wildcards).as_json(),
     shell:
-        "tocom pretrain {params.model} {params.degrees} {params.settings} {resources.how} --output {output} > {log} 2>&1"
+        "tocom pretrain {params.job:q} --processes {resources.processes} --nodes {resources.nodes} --output {output} > {log} 2>&1"
 
 
 rule pretrain:
     input:
-        expand(BACKBONE, backbone=PRETRAINED),
+        PLAN.pretrained,

@@ -1,83 +1,61 @@
-"""The validated study, the folders, and what several rules ask of them."""
+"""The studies, and what the names of files mean."""
 
 import re
 from pathlib import Path
 
-from tocom.bundled import resolve
-from tocom.config import parse_study
-from tocom.data.catalogue import owner_of, read_catalogue
+from tocom.checks import check_study
+from tocom.console import Console
 from tocom.errors import TocomError
+from tocom.jobs import Plan
+from tocom.study import read_config
 
+CONSOLE = Console.attach(workflow)
 try:
-    STUDY = parse_study(config, "config")
+    # Snakemake's own reader keeps the last of a key that is given twice, and says nothing.
+    for _path in workflow.config_settings.configfiles or []:
+        read_config(_path)
+    PLAN = Plan.of(config)
 except TocomError as error:
     raise WorkflowError(str(error)) from None
+CONSOLE.studies = {name: study.root for name, study in PLAN.studies.items()}
 
-ROOT = f"results/{STUDY.study}"
-LOGS = f"{ROOT}/logs"
-BENCHMARKS = f"{ROOT}/benchmarks"
-CHECKPOINT = f"{ROOT}/checkpoints/{{backbone}}/{{compressor}}/{{task}}/train-{{train_degree}}_seed-{{seed}}.safetensors"
-PREDICTIONS = f"{ROOT}/predictions/{{backbone}}/{{compressor}}/{{task}}/train-{{train_degree}}_seed-{{seed}}.safetensors"
-# Studies may share backbones and compensators, which are the same for all of them.
-STORE = STUDY.store or ROOT
-BACKBONE = f"{STORE}/backbones/{{backbone}}.safetensors"
-COMPENSATOR = (
-    f"{STORE}/compensators/{{backbone}}/{{compressor}}/{{variant}}.safetensors"
-)
+
+onstart:
+    # Not for a dry run: a study can be planned before its files are there.
+    try:
+        for _study in PLAN.studies.values():
+            check_study(_study)
+    except TocomError as error:
+        raise WorkflowError(str(error)) from None
+
+
+onsuccess:
+    CONSOLE.succeed()
+
+
+onerror:
+    CONSOLE.fail()
+
+
+ROOT = "results/{study}"
+STUDY = f"{ROOT}/study.json"
+FETCHED = "{data}/{dataset}/.complete.json"
 DATA = f"{ROOT}/data/{{task}}.safetensors"
-# Written last by `tocom data fetch`.
-FETCHED = f"{STUDY.data.root}/{{dataset}}/.complete.json"
+BACKBONE = "{store}/backbones/{backbone}.safetensors"
+LEARNED = "{store}/learned/{backbone}/{part}.safetensors"
+CHECKPOINTS = f"{ROOT}/checkpoints/{{backbone}}/{{tuned}}/{{task}}/{{batch}}"
+PREDICTIONS = (
+    f"{ROOT}/predictions/{{backbone}}/{{tuned}}/{{task}}/{{batch}}.safetensors"
+)
+TRANSFER = f"{ROOT}/transfer/{{backbone}}/{{tuned}}.csv"
+THROUGHPUT = f"{ROOT}/throughput/{{backbone}}/{{tuned}}.csv"
+TABLES = ["main", "tasks", "significance", "throughput"]
 try:
     ALL_CORES = workflow.cores
 except (
     WorkflowError
-):  # reports and cluster submissions are planned without a number of local cores
-    ALL_CORES = STUDY.throughput.threads
-
-
-wildcard_constraints:
-    backbone=r"[^/]+",
-    compressor=r"[^/]+",
-    task=r"[^/]+",
-    variant=r"[^/]+",
-    dataset=r"[^/]+",
-    train_degree=r"\d+|random",
-    seed=r"\d+",
-
-
-def over(pattern, checkpoints):
-    """Fill in the train degree and seed of some checkpoints; other wildcards stay."""
-    return [
-        pattern.replace("{train_degree}", str(c.train_degree)).replace(
-            "{seed}", str(c.seed)
-        )
-        for c in checkpoints
-    ]
-
-
-def options(name, values):
-    """Repeat a command-line option for every value."""
-    return " ".join(f"--{name} {value}" for value in values)
-
-
-def placed(path, known):
-    """Return where a job finds a path of the study, as it does an input or output of its own: storage has copies."""
-    return known.partition(ROOT)[0] + path
-
-
-def memory(stage):
-    """Return the memory (MB) that a job of a stage asks for, more on every retry."""
-    return lambda wildcards, attempt: getattr(STUDY.resources, stage).mem_mb * attempt
-
-
-def minutes(stage):
-    """Return the minutes that a job of a stage asks for, more on every retry."""
-    return lambda wildcards, attempt: getattr(STUDY.resources, stage).runtime * attempt
-
-
-def cores(stage, training):
-    """Return the CPU cores that a training job asks for; ``training`` gives its settings."""
-    return lambda wildcards: STUDY.threads(stage, training(wildcards))
+):  # submissions and reports are planned without a number of local cores
+    ALL_CORES = 1
 
 
 def any_of(names):
@@ -85,108 +63,66 @@ def any_of(names):
     return "|".join(map(re.escape, names)) or "(?!)"
 
 
-def fetched(name):
-    """Return the mark that a data set of the catalogue was downloaded; other names need none."""
-    catalogue = read_catalogue()
-    return (
-        [FETCHED.format(dataset=owner_of(name, catalogue))] if name in catalogue else []
-    )
+wildcard_constraints:
+    study=any_of(PLAN.studies),
+    store=any_of(PLAN.stores),
+    data=any_of(PLAN.data_roots),
+    dataset=r"[^/]+",
+    backbone=r"[^/]+",
+    part=r"[^/]+",
+    tuned=r"[^/]+",
+    task=r"[^/]+",
+    batch=r"batch-\d+",
 
 
-def backbone_file(wildcards):
-    """Return the bundled or given checkpoint of a backbone, or the one that this workflow makes."""
-    backbone = STUDY.backbone(wildcards.backbone)
-    return (
-        BACKBONE.format(backbone=backbone.name)
-        if backbone.is_made
-        else str(resolve(backbone.checkpoint))
-    )
+def growing(amount):
+    """Return a resource that a job asks more of on every retry."""
+    return lambda wildcards, attempt: amount * attempt
 
 
-def compensator_files(wildcards):
-    """Return the file of every variant of ToCom; variants that differ in scales alone share one."""
+def gpus(job, settings):
+    """Return the GPUs that a job asks for by itself: one if its device is cuda; profiles may set more."""
+    return lambda wildcards: int(settings(job(wildcards)).device.startswith("cuda"))
+
+
+def named(option, names, files):
+    """Return OPTION NAME=FILE for every input file, wherever storage placed it."""
+    return " ".join(f"{option} {name}={file}" for name, file in zip(names, files))
+
+
+def folder_of(study):
+    """Return the folder that study.json, wherever storage placed it, is in."""
+    return str(Path(study).parent)
+
+
+def analysed(wildcards):
+    """Return the files that tables and figures are made of."""
+    names = ["cells", "significance", "throughput"]
+    names += ["transfer"] if PLAN.study(wildcards).transfer else []
+    root = ROOT.format(study=wildcards.study)
+    return {"study": f"{root}/study.json"} | {
+        name: f"{root}/{name}.csv" for name in names
+    }
+
+
+def made_by(study):
+    """Return what is not committed with results: named as inputs of the targets, because Snakemake would not make it
+    again for results that exist, and a fresh clone would pass committed tables off as reproduced.
+    """
+    kinds = {PREDICTIONS: "checkpoints", THROUGHPUT: "speed", TRANSFER: "gaps"}
     return [
-        COMPENSATOR.format(
-            backbone=wildcards.backbone,
-            compressor=wildcards.compressor,
-            variant=STUDY.distilled_as(variant),
-        )
-        for variant in STUDY.variants
+        path
+        for pattern, of in kinds.items()
+        for path in PLAN.per_model(PLAN.studies[study], pattern, of)
     ]
 
 
-def per_model(pattern, **wildcards):
-    """Expand a pattern over backbones and compressors."""
-    return expand(
-        pattern,
-        backbone=[b.name for b in STUDY.backbones],
-        compressor=STUDY.compressors,
-        **wildcards,
-    )
-
-
-def grid_options():
-    """Name every point of the study's grid."""
-    return " ".join(
-        [
-            options("backbone", [b.name for b in STUDY.backbones]),
-            options("compressor", STUDY.compressors),
-            options("task", STUDY.task_names),
-            options("train-degree", STUDY.train_degrees),
-            options("seed", STUDY.seeds),
-        ]
-    )
-
-
-def gap_checkpoints(wildcards):
-    """Return every task's checkpoints at the lowest and at the highest train degree."""
-    model = {"backbone": wildcards.backbone, "compressor": wildcards.compressor}
-    return expand(
-        CHECKPOINT,
-        task=STUDY.task_names,
-        seed=STUDY.seeds,
-        train_degree=STUDY.gap_degrees,
-        **model,
-    )
-
-
-ALL_PREDICTIONS = [
-    path
-    for checkpoint in over(PREDICTIONS, STUDY.checkpoints)
-    for path in per_model(checkpoint, task=STUDY.task_names)
-]
-# The one of the main tables and figures.
-MAIN = STUDY.distilled_as(STUDY.variants[0])
-TABLES = [
-    f"{ROOT}/tables/{name}.{kind}"
-    for name in STUDY.table_names
-    for kind in ("md", "tex")
-]
-FIGURES = [
-    f"{ROOT}/figures/{name}.{kind}"
-    for name in STUDY.figure_names
-    for kind in ("png", "pdf")
-]
-# Not committed with the demo's results. They are named as inputs of the targets, because Snakemake would not make them
-# again for results that exist, and a fresh clone would pass the committed tables off as reproduced.
-ALL_COMPENSATORS = [
-    (
-        f"{b.name}:{compressor}:{variant}",
-        COMPENSATOR.format(
-            backbone=b.name,
-            compressor=compressor,
-            variant=STUDY.distilled_as(variant),
-        ),
-    )
-    for b in STUDY.backbones
-    for compressor in STUDY.compressors
-    for variant in STUDY.variants
-]
-THROUGHPUT = per_model(f"{ROOT}/throughput/{{backbone}}/{{compressor}}.csv")
-TRANSFER = (
-    per_model(f"{ROOT}/transfer/{{backbone}}/{{compressor}}.csv")
-    if STUDY.gap_degrees
-    else []
-)
-INTERMEDIATE = [*ALL_PREDICTIONS, *THROUGHPUT, *TRANSFER]
-RESULTS = [f"{ROOT}/{name}.csv" for name in STUDY.csv_names] + TABLES + FIGURES
+def results_of(study):
+    """Return the tables and figures of a study."""
+    it = PLAN.studies[study]
+    names = ["study.json", "cells.csv", "significance.csv", "throughput.csv", "figures"]
+    names += [
+        f"tables/{name}.md" for name in [*TABLES, *(["paper"] if it.paper else [])]
+    ]
+    names += ["transfer.csv"] if it.transfer else []
+    return [f"results/{study}/{name}" for name in names]

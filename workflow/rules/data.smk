@@ -6,39 +6,37 @@ rule fetch:
         # Snakemake would delete the mark of a complete data set before a forced run, and with it what is registered.
         update(FETCHED),
     log:
-        f"{LOGS}/fetch/{{dataset}}.log",
+        "{data}/logs/{dataset}.log",
     benchmark:
-        f"{BENCHMARKS}/fetch/{{dataset}}.tsv"
+        "{data}/benchmarks/{dataset}.tsv"
     conda:
         "../envs/tocom.yaml"
     threads: 1
     resources:
-        mem_mb=memory("fetch"),
-        runtime=minutes("fetch"),
-    params:
-        root=lambda wildcards: STUDY.data.root,
+        mem_mb=growing(1000),
+        runtime=growing(600),
     shell:
-        "tocom data fetch {wildcards.dataset} --root {params.root:q} > {log} 2>&1"
+        "tocom data fetch {wildcards.dataset} --root {wildcards.data:q} > {log} 2>&1"
 
 
 rule prepare:
     input:
-        lambda wildcards: (
-            fetched(wildcards.task) if STUDY.task(wildcards.task).is_downloaded else []
-        ),
+        PLAN.task_data,
     output:
         DATA,
     log:
-        f"{LOGS}/prepare/{{task}}.log",
+        f"{ROOT}/logs/prepare/{{task}}.log",
     benchmark:
-        f"{BENCHMARKS}/prepare/{{task}}.tsv"
+        f"{ROOT}/benchmarks/prepare/{{task}}.tsv"
+    # A mistake in the data is found before anything long starts.
+    priority: 20
     conda:
         "../envs/tocom.yaml"
     threads: 1
     resources:
-        mem_mb=memory("prepare"),
-        runtime=minutes("prepare"),
+        mem_mb=growing(2000),
+        runtime=growing(60),
     params:
-        how=lambda wildcards: STUDY.prepare_options(wildcards.task),
+        job=lambda wildcards: PLAN.prepare(wildcards).as_json(),
     shell:
-        "tocom prepare {wildcards.task} {params.how} --output {output} > {log} 2>&1"
+        "tocom prepare {params.job:q} --output {output} > {log} 2>&1"

@@ -1,76 +1,91 @@
-"""Evaluate all cells of a batch of checkpoints with one decoded task; carry gaps between tasks."""
+"""Evaluate all cells of a batch of checkpoints with one decoded task; carry gaps between tasks; measure speed."""
 
-for _index, _batch in enumerate(STUDY.batches):
 
-    rule:
-        name:
-            f"evaluate_{_index}"
-        input:
-            data=DATA,
-            compensators=compensator_files,
-            checkpoints=over(CHECKPOINT, _batch),
-        output:
-            over(PREDICTIONS, _batch),
-        log:
-            f"{LOGS}/evaluate/{{backbone}}/{{compressor}}/{{task}}/batch-{_index}.log",
-        benchmark:
-            f"{BENCHMARKS}/evaluate/{{backbone}}/{{compressor}}/{{task}}/batch-{_index}.tsv"
-        # Before the shorter jobs that also wait for checkpoints, which then fill the cores at the end.
-        priority: 5
-        conda:
-            "../envs/tocom.yaml"
-        threads: STUDY.evaluate.threads
-        resources:
-            mem_mb=memory("evaluate"),
-            runtime=minutes("evaluate"),
-            gpu=STUDY.gpus("evaluate", STUDY.evaluate.device),
-        params:
-            checkpoints=lambda wildcards, input: options(
-                "checkpoint", input.checkpoints
-            ),
-            outputs=lambda wildcards, output: options("output", output),
-            compensators=lambda wildcards, input: options(
-                "compensator",
-                map("{}={}".format, STUDY.variants, input.compensators),
-            ),
-            degrees=options("degree", STUDY.infer_degrees),
-            scales=STUDY.scales_options(),
-            settings=STUDY.evaluate.options(),
-        shell:
-            "tocom evaluate {input.data} {params.compensators} {params.checkpoints} {params.degrees} {params.scales}"
-            " {params.settings} {params.outputs} > {log} 2>&1"
+rule evaluate:
+    input:
+        data=DATA,
+        checkpoints=CHECKPOINTS,
+        compensators=lambda wildcards: PLAN.compensators(wildcards).values(),
+    output:
+        PREDICTIONS,
+    log:
+        f"{ROOT}/logs/evaluate/{{backbone}}/{{tuned}}/{{task}}/{{batch}}.log",
+    benchmark:
+        f"{ROOT}/benchmarks/evaluate/{{backbone}}/{{tuned}}/{{task}}/{{batch}}.tsv"
+    # Before the shorter jobs that also wait for checkpoints, which then fill the cores at the end.
+    priority: 5
+    conda:
+        "../envs/tocom.yaml"
+    threads: lambda wildcards: PLAN.evaluate(wildcards).settings.threads
+    resources:
+        mem_mb=growing(2000),
+        runtime=growing(60),
+        gpu=gpus(PLAN.evaluate, lambda job: job.settings),
+    params:
+        job=lambda wildcards: PLAN.evaluate(wildcards).as_json(),
+        compensators=lambda wildcards, input: named(
+            "--compensator", PLAN.compensators(wildcards), input.compensators
+        ),
+    shell:
+        "tocom evaluate {params.job:q} --checkpoint {input.checkpoints} --data {input.data} {params.compensators}"
+        " --output {output} > {log} 2>&1"
 
 
 rule transfer:
     input:
-        data=expand(DATA, task=STUDY.task_names),
-        checkpoints=gap_checkpoints,
+        data=lambda wildcards: [
+            data for data, _ in PLAN.gap_files(wildcards, DATA, CHECKPOINTS)
+        ],
+        checkpoints=lambda wildcards: [
+            folder for _, folder in PLAN.gap_files(wildcards, DATA, CHECKPOINTS)
+        ],
     output:
-        f"{ROOT}/transfer/{{backbone}}/{{compressor}}.csv",
+        TRANSFER,
     log:
-        f"{LOGS}/transfer/{{backbone}}/{{compressor}}.log",
+        f"{ROOT}/logs/transfer/{{backbone}}/{{tuned}}.log",
     benchmark:
-        f"{BENCHMARKS}/transfer/{{backbone}}/{{compressor}}.tsv"
+        f"{ROOT}/benchmarks/transfer/{{backbone}}/{{tuned}}.tsv"
     conda:
         "../envs/tocom.yaml"
-    threads: STUDY.evaluate.threads
+    threads: lambda wildcards: PLAN.transfer(wildcards).settings.threads
     resources:
-        mem_mb=memory("evaluate"),
-        runtime=minutes("evaluate"),
-        gpu=STUDY.gpus("evaluate", STUDY.evaluate.device),
+        mem_mb=growing(2000),
+        runtime=growing(60),
+        gpu=gpus(PLAN.transfer, lambda job: job.settings),
     params:
-        checkpoints=lambda wildcards, input: options(
-            "checkpoint",
-            STUDY.gap_options(placed(CHECKPOINT, input.checkpoints[0]), **wildcards),
+        job=lambda wildcards: PLAN.transfer(wildcards).as_json(),
+        data=lambda wildcards, input: named(
+            "--data", PLAN.gap_tasks(wildcards), input.data
         ),
-        settings=STUDY.evaluate.options(),
-        columns=lambda wildcards: options(
-            "column",
-            [
-                f"study={STUDY.study}",
-                f"backbone={wildcards.backbone}",
-                f"compressor={wildcards.compressor}",
-            ],
+        checkpoints=lambda wildcards, input: named(
+            "--checkpoints", PLAN.gap_tasks(wildcards), input.checkpoints
         ),
     shell:
-        "tocom transfer {input.data} {params.checkpoints} {params.columns} {params.settings} --output {output} > {log} 2>&1"
+        "tocom transfer {params.job:q} {params.data} {params.checkpoints} --output {output} > {log} 2>&1"
+
+
+rule throughput:
+    input:
+        backbone=PLAN.backbone_file,
+        compensators=lambda wildcards: PLAN.timed_compensators(wildcards).values(),
+    output:
+        THROUGHPUT,
+    log:
+        f"{ROOT}/logs/throughput/{{backbone}}/{{tuned}}.log",
+    benchmark:
+        f"{ROOT}/benchmarks/throughput/{{backbone}}/{{tuned}}.tsv"
+    # Alone on the machine, so that other jobs do not disturb the clock.
+    conda:
+        "../envs/tocom.yaml"
+    threads: ALL_CORES
+    resources:
+        mem_mb=growing(2000),
+        runtime=growing(30),
+        gpu=gpus(PLAN.throughput, lambda job: job.settings),
+    params:
+        job=lambda wildcards: PLAN.throughput(wildcards).as_json(),
+        compensators=lambda wildcards, input: named(
+            "--compensator", PLAN.timed_compensators(wildcards), input.compensators
+        ),
+    shell:
+        "tocom throughput {params.job:q} --backbone {input.backbone:q} {params.compensators} --output {output} > {log} 2>&1"

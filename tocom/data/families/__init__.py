@@ -10,30 +10,28 @@ import os
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from tocom.data.catalogue import Catalogue, CatalogueOrPath, DataSet, find
+from tocom.data.families import vtab
 from tocom.data.families.reading import malformed
 from tocom.data.listing import Listing
+from tocom.data.store import folder_of
 from tocom.errors import TocomError
 
-if TYPE_CHECKING:
-    from tocom.data.catalogue import Catalogue, DataSet
-
-#: Families that give labelled images; the catalogue's others are read elsewhere (see `_ELSEWHERE`).
-FAMILIES = ("cars", "cifar", "cub", "dogs", "flowers", "imagenet", "vtab")
-_ELSEWHERE = {
-    "ade20k": "is for segmentation; use it in a segmentation study",
-    "collection": "holds several tasks; name one, such as vtab.dtd",
-    "source": "is a source of VTAB-1k; build the task with `tocom data build-vtab`",
-}
+#: Families that give images; the catalogue's "collection" holds the files of several tasks.
+FAMILIES = ("ade20k", "cars", "cifar", "cub", "dogs", "flowers", "imagenet", "vtab")
+#: Families whose files state labels, but not how many classes there are.
+_OPEN_ENDED = ("ade20k", "vtab")
 
 
 def why_no_task(family: str) -> str:
-    """Say why a data set of a family that is none of :data:`FAMILIES` gives no labelled images."""
-    return _ELSEWHERE.get(family, f"is of an unknown family, {family!r}")
+    """Say why a data set of a family that is none of :data:`FAMILIES` is no task."""
+    if family == "collection":
+        return "holds several tasks; name one, such as vtab.dtd"
+    return f"is of an unknown family, {family!r}"
 
 
-def load_listing(name: str, root: str | os.PathLike, catalogue=None) -> Listing:
+def load_listing(name: str, root: str | os.PathLike, catalogue: CatalogueOrPath = None) -> Listing:
     """Return the images of a downloaded data set; number of classes, group and title are the catalogue's.
 
     Args:
@@ -43,9 +41,6 @@ def load_listing(name: str, root: str | os.PathLike, catalogue=None) -> Listing:
     Raises:
         TocomError: the data set is unknown, not (completely) downloaded, or not what its catalogue entry says.
     """
-    from tocom.data.catalogue import find
-    from tocom.data.fetch import folder_of
-
     data_set = find(name, catalogue)
     if data_set.family not in FAMILIES:
         raise TocomError(f"{name} {why_no_task(data_set.family)}")
@@ -54,26 +49,20 @@ def load_listing(name: str, root: str | os.PathLike, catalogue=None) -> Listing:
 
 def _read(name: str, data_set: DataSet, folder: Path) -> Listing:
     listing = import_module(f"{__name__}.{data_set.family}").listing(folder, name)
-    # A missing class would give its label to the next. Lists of VTAB-1k state labels, and need not show all of them.
-    if data_set.family != "vtab" and listing.classes != data_set.classes:
+    # A missing class would give its label to the next.
+    if data_set.family not in _OPEN_ENDED and listing.classes != data_set.classes:
         raise malformed(folder, f"holds {listing.classes:,} classes, not the {data_set.classes:,} of {data_set.title}")
     return replace(listing, classes=data_set.classes, group=data_set.group, source=data_set.title)
 
 
 def check_layout(name: str, folder: Path, catalogue: Catalogue) -> None:
-    """Read a folder as the data set ``name``, so that no other folder passes for it; sources of VTAB-1k are not read.
+    """Read a folder as the data set ``name``, so that no other folder passes for it.
 
     Raises:
         TocomError: it is not in the data set's layout, or holds none of its tasks.
     """
-    from tocom.data.families import vtab
-
     data_set = catalogue[name]
-    if data_set.family == "ade20k":
-        from tocom.segmentation import ade20k
-
-        ade20k.listing(folder)
-    elif data_set.family in FAMILIES:
+    if data_set.family in FAMILIES:
         _read(name, data_set, folder)
     elif data_set.family == "collection":
         tasks = [task for task, entry in catalogue.items() if entry.same_files_as == name]

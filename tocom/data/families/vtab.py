@@ -38,7 +38,7 @@ def listing(folder: Path, name: str) -> Listing:
     whole, folder = folder, task_folder(folder, name)
     if not (folder / LISTS["train"]).is_file():
         task = name.removeprefix("vtab.")
-        raise malformed(whole, f"holds no {task}/{LISTS['train']} (`tocom data build-vtab {task}` builds it)")
+        raise malformed(whole, f"holds no {task}/{LISTS['train']}")
     rows = {split: _rows(folder / file) for split, file in LISTS.items()}
     for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
         shared = {path for path, _ in rows[one]} & {path for path, _ in rows[other]}

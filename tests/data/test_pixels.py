@@ -1,0 +1,183 @@
+"""Tasks to segment: scenes, ADE20k's layout and coding, and views with the same pixels for image and labels."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tocom.data.families.ade20k import read_labels
+from tocom.data.loading import feed
+from tocom.data.pixels import Split, TrainViews, load, random_view
+from tocom.data.registry import prepare
+from tocom.data.scenes import CLASSES, IGNORED, scenes
+from tocom.errors import TocomError
+
+QUICK = {"min_scale": 0.8, "max_scale": 1.25, "horizontal_flip": 0.5}
+
+
+def views(**changes):
+    return SimpleNamespace(**QUICK | changes)
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    prepare("scenes", tmp_path / "scenes", {"train": 12, "val": 4, "test": 6})
+    return load(tmp_path / "scenes").splits
+
+
+def test_scenes_are_a_function_of_seed_and_index_and_show_every_class():
+    images, labels = scenes(60, 32, seed=1)
+    assert images.shape == (60, 3, 32, 32)
+    assert labels.shape == (60, 32, 32)
+    assert images.dtype == labels.dtype == np.uint8
+    fewer = scenes(6, 32, seed=1)
+    assert np.array_equal(images[:6], fewer[0])
+    assert np.array_equal(labels[:6], fewer[1])
+    assert not np.array_equal(fewer[0], scenes(6, 32, seed=2)[0])
+    shares = np.bincount(labels.ravel(), minlength=256) / labels.size
+    assert (shares[: len(CLASSES)] > 0.01).all()
+    assert 0 < shares[IGNORED] < 0.1
+    assert shares[: len(CLASSES)].sum() + shares[IGNORED] == pytest.approx(1)
+
+
+# --- ADE20k's layout
+
+
+def test_class_k_becomes_k_minus_1_and_other_is_ignored(photographs):
+    labels = read_labels(photographs / "annotations" / "training" / "ADE_train_00000003.png", 150)
+    assert (labels.shape, labels.dtype) == ((40, 56), np.uint8)
+    assert (labels[0, 0], labels[20, 10], labels[10, 30]) == (255, 2, 149)
+    assert np.count_nonzero(labels == 149) == 10 * 15
+
+
+def test_the_validation_images_are_the_test_split_and_val_is_drawn_from_training(photographs, tmp_path):
+    for name, folder in (("a", photographs), ("b", photographs.parent)):
+        source = {"segment": str(folder), "classes": 150}
+        about = prepare("ade20k", tmp_path / name, {"val": 2}, source=source)
+        assert (about["classes"], about["sizes"]) == (150, {"train": 4, "val": 2, "test": 3})
+    data = load(tmp_path / "a")
+    assert (data.name, data.classes, data.size) == ("ade20k", 150, 32)
+    files = {name: [path.name for path in split.images] for name, split in data.splits.items()}
+    assert sorted(files["train"] + files["val"]) == [f"ADE_train_{n:08d}.jpg" for n in range(1, 7)]
+    assert files["train"] == sorted(files["train"])
+    assert files["test"] == [f"ADE_val_{n:08d}.jpg" for n in range(1, 4)]
+    for split in data.splits.values():
+        assert [path.stem for path in split.images] == [path.stem for path in split.labels]
+    with pytest.raises(TocomError, match="has 6 training images, of which 6 cannot be kept"):
+        prepare("ade20k", tmp_path / "x", {"val": 6}, source=source)
+
+
+def unpair(root):
+    (root / "annotations" / "training" / "ADE_train_00000002.png").unlink()
+
+
+def rename(root):
+    (root / "images" / "validation").rename(root / "images" / "val")
+
+
+def resize(root):
+    Image.new("L", (9, 9)).save(root / "annotations" / "validation" / "ADE_val_00000001.png")
+
+
+def overwrite(root):
+    (root / "images" / "training" / "ADE_train_00000001.jpg").write_bytes(b"not a photograph")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (unpair, "training/ADE_train_00000002 has an image but no annotation"),
+        (rename, "no such folder: .*validation"),
+        (resize, r"has \(56, 40\) pixels, its annotation \(9, 9\)"),
+        (overwrite, "is not a readable image"),
+    ],
+)
+def test_a_broken_layout_is_one_line_and_leaves_nothing(photographs, tmp_path, damage, message):
+    damage(photographs)
+    with pytest.raises(TocomError, match=message) as error:
+        prepare("ade20k", tmp_path / "out" / "x", source={"segment": str(photographs), "classes": 150})
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_value_beyond_the_classes_or_several_channels_are_refused(tmp_path):
+    Image.fromarray(np.full((4, 4), 151, dtype=np.uint8)).save(tmp_path / "high.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "rgb.png")
+    with pytest.raises(TocomError, match="holds the value 151, but there are 150 classes"):
+        read_labels(tmp_path / "high.png", 150)
+    with pytest.raises(TocomError, match="has 3 channels"):
+        read_labels(tmp_path / "rgb.png", 150)
+
+
+def test_a_task_to_classify_is_not_read_as_one_to_segment(tmp_path):
+    prepare("digits", tmp_path / "digits")
+    with pytest.raises(TocomError, match="is a task to classify, not to segment"):
+        load(tmp_path / "digits")
+
+
+# --- views
+
+
+def test_a_view_for_testing_is_the_centre_at_full_height(photographs, drawn):
+    file = photographs / "annotations" / "validation" / "ADE_val_00000001.png"
+    photo = photographs / "images" / "validation" / "ADE_val_00000001.jpg"
+    image, labels = Split((photo,), (file,), 20, 150)[0]  # 40 x 56 becomes 20 x 28, of which columns 4 to 23 are kept
+    assert image.shape == (3, 20, 20)
+    whole = Image.fromarray(read_labels(file, 150)).resize((28, 20), Image.Resampling.NEAREST)
+    assert np.array_equal(labels, np.asarray(whole)[:, 4:24])
+    assert set(np.unique(labels)) == {0, 149, 255}
+    split = drawn["test"]  # of the right size: as it is
+    assert np.array_equal(split[5][0], split.images[5])
+    assert np.array_equal(split[5][1], split.labels[5])
+
+
+def coded(n=3, height=30, width=44):
+    """Images whose pixels tell their label: red is 35 times the label and 20; large blocks survive scaling."""
+    blocks = np.random.default_rng(0).integers(0, 7, (n, height // 10 + 1, width // 11 + 1))
+    labels = np.stack([np.kron(b, np.ones((10, 11)))[:height, :width] for b in blocks]).astype(np.uint8)
+    return np.stack([35 * labels + 20, 0 * labels, 0 * labels], axis=1).astype(np.uint8), labels
+
+
+@pytest.mark.parametrize("scales", [(0.5, 0.7), (1, 1), (1.3, 2)])
+def test_a_random_view_moves_image_and_labels_alike(scales):
+    split = Split(*coded(), 24, 7)
+    settings = views(min_scale=scales[0], max_scale=scales[1])
+    rng, padded = np.random.default_rng(1), 0
+    for _ in range(20):
+        image, seen = random_view(split, 1, settings, rng)
+        assert image.shape == (3, 24, 24)
+        inside = seen != 255
+        # Bicubic and nearest scaling differ at the edges of blocks.
+        assert np.mean(np.abs(image[0].astype(int) - (35 * seen.astype(int) + 20))[inside] <= 8) > 0.55
+        assert (image[:, ~inside] == 0).all()
+        padded += not inside.all()
+    assert padded == (20 if scales[1] < 1 else 0)
+
+
+def test_without_scaling_a_random_view_is_a_window_of_the_image_or_of_its_mirror():
+    images = np.random.default_rng(2).integers(0, 256, (1, 3, 30, 44), dtype=np.uint8)
+    split = Split(images, coded(1)[1], 30, 7)
+    windows = [images[0][:, :, x : x + 30] for x in range(15)]
+    rng, seen = np.random.default_rng(3), set()
+    for _ in range(40):
+        view, _ = random_view(split, 0, views(min_scale=1.0, max_scale=1.0), rng)
+        found = [(x, m) for m in (0, 1) for x, w in enumerate(windows) if np.array_equal(w[..., :: 1 - 2 * m], view)]
+        assert len(found) == 1
+        seen |= set(found)
+    assert len(seen) > 15
+    assert {mirrored for _, mirrored in seen} == {0, 1}
+
+
+def test_views_depend_on_seed_epoch_and_index_and_not_on_who_loads_them(drawn):
+    data = TrainViews(drawn["train"], views(), seed=5)
+    assert np.array_equal(data[1, 3][0], TrainViews(drawn["train"], views(), seed=5)[1, 3][0])
+    assert not np.array_equal(data[1, 3][0], data[2, 3][0])
+    assert not np.array_equal(data[1, 3][0], TrainViews(drawn["train"], views(), seed=6)[1, 3][0])
+    pieces = [torch.tensor([3, 1]), torch.tensor([0])]
+    alone, together = (list(feed(data, workers)(1, pieces)) for workers in (0, 2))
+    assert np.array_equal(alone[0][0][0], data[1, 3][0])
+    assert all(
+        torch.equal(a, b) for one, two in zip(alone, together, strict=True) for a, b in zip(one, two, strict=True)
+    )

@@ -1,0 +1,239 @@
+"""What a config may say, the grid that it stands for, and jobs that survive the way through a command line."""
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.small import refusal
+from tocom.jobs import EvaluateJob, FinetuneJob, LearnJob, read_job
+from tocom.methods import PARTS
+from tocom.parts import part_class
+from tocom.settings import STAGES, EvaluateSettings, FinetuneSettings
+from tocom.study import Study, parse_study, read_study
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(
+    path
+    for path in (*ROOT.glob("config/*.yaml"), *ROOT.glob("tests/configs/*.yaml"))
+    if not path.read_text().lstrip("# ").startswith("configs:") and "\nconfigs:" not in path.read_text()
+)
+DEMO = yaml.safe_load((ROOT / "config/demo.yaml").read_text())
+LETTERS = DEMO["backbones"][0]
+
+
+def changed(**changes) -> dict:
+    return json.loads(json.dumps(DEMO)) | changes
+
+
+def with_methods(**methods) -> dict:
+    return changed(methods=methods, compare=[])
+
+
+def with_backbone(**backbone) -> dict:
+    return changed(backbones=[LETTERS | backbone])
+
+
+def segmenting(**changes) -> dict:
+    methods = {"tome_mlp": {"compressor": "tome_mlp"}}
+    return changed(methods=methods, compare=[], tasks=["scenes"], transfer=False, finetune={}) | changes
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_every_config_is_valid_and_named_like_its_study_and_fits_the_schema(path):
+    import jsonschema
+
+    study = read_study(path)
+    assert study.study == path.stem
+    assert parse_study(json.loads(study.as_json())) == study
+    config = yaml.safe_load(path.read_text())
+    jsonschema.validate(config, Study.model_json_schema())
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**config, "sedes": [1]}, Study.model_json_schema())
+
+
+def test_every_setting_and_every_key_says_what_it_means():
+    kinds = dict(STAGES) | {f"{r}.{n}": part_class(r, n).Options for r, names in PARTS.items() for n in names}
+    missing = [f"{name}.{key}" for name, kind in kinds.items() for key in kind.model_fields if not kind.meaning(key)]
+    assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (changed(sedes=[0]), "unknown key 'sedes' (did you mean 'seeds'?)"),
+        (changed(finetune={"epoch": 3}), "finetune: unknown key 'epoch' (did you mean 'epochs'?)"),
+        (changed(learn={"epoch": 3}), "unknown key 'learn.epoch' (did you mean 'epochs'?)"),
+        (changed(finetune={"lr": -1}), "lr = -1"),
+        (changed(finetune={"lr": float("inf")}), "lr = inf"),
+        (changed(finetune={"warmup_epochs": 60, "epochs": 50}), "warmup_epochs 60 exceeds epochs 50"),
+        (changed(finetune={"lr": 5e-5, "batch_size": 64, "lr_batch": 512}), "would rise from 6.25e-06 to min_lr 1e-05"),
+        (changed(infer_degrees=[0, 15]), "degree 15 is out of range"),
+        (changed(infer_degrees=[-1]), "infer_degrees.0"),
+        (changed(train_degrees=["sometimes"]), "train_degrees.0"),
+        (changed(max_degree=40), "tome goes up to 32 with glyph_vit, which has 64 patches"),
+        (segmenting(max_degree=17), "tome_mlp goes up to 16"),
+        (changed(seeds=[0, 0]), "seeds lists something twice"),
+        (changed(study="a/b"), "cannot name a folder"),
+        (changed(study=3), "study = 3"),
+        (changed(store="a b;rm"), "use letters, digits"),
+        ({key: value for key, value in DEMO.items() if key != "tasks"}, "key 'tasks' is missing"),
+        # tasks
+        (changed(tasks=["digit"]), "did you mean 'digits'?"),
+        (changed(tasks=["digits", "scenes"]), "tasks are of different kinds"),
+        (changed(tasks=["scenes"]), "tome takes patches away that segmentation needs"),
+        (changed(tasks=["vtab-1k"]), "vtab-1k cannot be a task: it holds several tasks; name one, such as vtab.dtd"),
+        (changed(tasks=[{"name": "digits", "finetune": {"epoch": 1}}]), "task 'digits': finetune: unknown key 'epoch'"),
+        (changed(tasks=[{"name": "digits", "data": {"trian": 1}}]), "task 'digits': data: unknown key 'trian'"),
+        (changed(tasks=[{"name": "pets", "foldr": "x"}]), "unknown key 'tasks.0.foldr' (did you mean 'folder'?)"),
+        (changed(tasks=[{"name": "x", "folder": "y", "group": "all tasks"}]), "tables make the group 'all tasks'"),
+        (changed(tasks=[{"name": "digits", "group": "mine"}]), "group is for your own images"),
+        (changed(tasks=["digits"], data={"val": 0.2}), "data.val must be a number of images"),
+        (changed(tasks=[{"name": "cub200", "data": {"root": "x"}}]), "data.root is one for all tasks"),
+        (changed(tasks=[{"name": "digits", "fine_tuned": "x"}]), "fine_tuned goes with a method that has tuning: none"),
+        (segmenting(transfer=True), "transfer needs tasks to classify"),
+        (changed(transfer=True, train_degrees=[0]), "transfer needs tasks to classify, and two train degrees"),
+        (changed(paper="transfer", transfer=False), "needs transfer: true"),
+        (changed(paper="speedup"), "needs throughput: {training: true}"),
+        (changed(evaluate={"scales": [0.5, 1]}), "0 must be among the scales"),
+        # backbones
+        (changed(backbones=[{"name": "mine"}]), "needs one of checkpoint, timm and architecture"),
+        (changed(backbones=[{"name": "a", "checkpoint": "x", "revision": "y"}]), "revision goes with timm"),
+        (changed(backbones=[{"name": "a", "timm": "vit_tiny_patch16_224"}]), "timm needs image_size and patch_size"),
+        (changed(backbones=[LETTERS, LETTERS | {"name": "b", "image_size": 64}]), "images of different sizes"),
+        (with_backbone(images="vtab-1k"), "cannot learn on vtab-1k"),
+        # methods
+        (with_methods(), "methods"),
+        (with_methods(a={"compressor": "tomme"}), "did you mean 'tome'?"),
+        (with_methods(a={"tuning": "lorra"}), "unknown tuning 'lorra' (did you mean 'lora'?)"),
+        (with_methods(a={"tuning": {"kind": "lora", "ranks": 1}}), "unknown key 'ranks' (did you mean 'rank'?)"),
+        (with_methods(a={"compressor": "no.such:Part"}), "cannot be imported"),
+        (with_methods(a={"compresor": "tome"}), "unknown key 'methods.a.compresor' (did you mean 'compressor'?)"),
+        (with_methods(a={"like": "b"}), "method 'a': like: 'b' is no method above it"),
+        (with_methods(none={}), "no method can be called 'none'"),
+        (with_methods(a={}, b={"like": "a", "compensator": {"projections": ["q", "q"]}}), "lists something twice"),
+        (with_methods(a={"compensator": "tocom"}), "list the same method without one"),
+        (with_methods(a={"scales": [0, 1]}), "scales are those of a compensator"),
+        (with_methods(a={"tuning": "none"}), "were trained at one degree"),
+        (with_methods(a={"learn": {"epoch": 1}}), "method 'a': learn: unknown key 'epoch'"),
+        (changed(compare=[["tome", "tocm"]]), "compare names 'tocm' (did you mean 'tocom'?)"),
+        (changed(compare=[["tome", "tome"]]), "sets 'tome' against itself"),
+    ],
+    ids=lambda value: value[:40] if isinstance(value, str) else "",
+)
+def test_a_mistake_in_a_config_is_one_line_that_names_it(config, message):
+    assert message in refusal(parse_study, config)
+
+
+@pytest.mark.parametrize(("text", "message"), [("a: [", "YAML"), ("", "is empty"), (None, "no such config")])
+def test_a_config_file_that_cannot_be_read_is_one_line(tmp_path, text, message):
+    path = tmp_path / "x.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert message in refusal(read_study, path)
+
+
+@given(st.integers(1, 30))
+def test_jobs_share_out_every_checkpoint_once(size):
+    study = parse_study(changed(checkpoints_per_job=size))
+    for tuned, labels in (("tome", {"0", "10", "14"}), ("random_degree", {"random"})):
+        batches = study.batches(tuned).values()
+        shared = [checkpoint for batch in batches for checkpoint in batch]
+        assert sorted(shared) == sorted((label, seed) for label in labels for seed in (0, 1, 2))
+        assert max(map(len, batches)) <= size
+
+
+def test_methods_inherit_share_checkpoints_and_learn_once():
+    study = parse_study(
+        changed(
+            methods=DEMO["methods"]
+            | {
+                "half": {"like": "tocom", "scales": [0, 0.5]},
+                "low": {"like": "tocom", "compensator": {"rank": 1}},
+                "fused": {"compressor": {"kind": "evit", "fuse": "mean"}, "train_degrees": [0]},
+            }
+        )
+    )
+    tuned = [study.tuned_as(name) for name in study.methods]
+    assert tuned == ["tome", "tome", "random_degree", "tome", "tome", "fused"]
+    assert study.tuned == ("tome", "random_degree", "fused")
+    assert study.sharing("tome") == ("tome", "tocom", "half", "low")
+    assert (study.plain_of("low"), study.plain_of("random_degree")) == ("tome", "random_degree")
+    titles = [method.title for method in study.methods.values()]
+    assert titles[:3] == ["ToMe", "ToMe + ToCom", "ToMe, random degrees"]
+    assert (study.train_degrees_of("tome"), study.train_degrees_of("random_degree")) == (("0", "10", "14"), ("random",))
+    low = study.methods["low"].compensator.options
+    assert (low.rank, low.dropout, study.methods["low"].changes) == (1, 0, {"compensator": {"rank": 1}})
+    files = {name: study.learned_file("glyph_vit", name) for name in study.methods}
+    assert files["tocom"] == files["half"] != files["low"]
+    assert [name for name, file in files.items() if file is None] == ["tome", "random_degree", "fused"]
+    assert study.gap_degrees("tome") == ("0", "14")
+    assert study.gap_degrees("random_degree") is study.gap_degrees("fused") is None
+
+
+def test_what_is_learned_in_another_way_has_another_file():
+    def file(**changes):
+        return parse_study(changed(**changes)).learned_file("glyph_vit", "tocom")
+
+    recipes = [{}, {"learn": {}}, {"max_degree": 16}, {"backbones": [LETTERS | {"images": "data/photos"}]}]
+    assert len({file(**recipe) for recipe in recipes}) == len(recipes)
+    assert file(store="shared").parent == Path("shared/learned/glyph_vit")
+    assert file(store="shared").name == file().name
+
+
+def test_a_task_changes_sections_key_by_key():
+    tasks = ["digits", {"name": "mnist5k", "finetune": {"lr": 1e-4}, "data": {"train": 50}}]
+    study = parse_study(changed(tasks=tasks, finetune={"epochs": 7}))
+    assert study.finetune_for("digits") == FinetuneSettings(epochs=7)
+    assert study.finetune_for("mnist5k") == FinetuneSettings(epochs=7, lr=1e-4)
+    assert (study.data_for("mnist5k").train, study.data_for("mnist5k").test) == (50, study.data.test)
+
+
+def test_learning_rate_scales_with_the_batch_only_if_asked():
+    assert FinetuneSettings(lr=1e-3, batch_size=64).peak_lr == 1e-3
+    assert FinetuneSettings(lr=1e-3, batch_size=64, lr_batch=512).peak_lr == pytest.approx(1.25e-4)
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        FinetuneJob(tuning={"kind": "lora", "rank": 2}, checkpoints=[["0", 1], [8, 0]], settings={"lr": 3e-4}),
+        LearnJob(max_degree=4, settings={"epochs": 1}, compensator=None),
+        EvaluateJob(methods={"a": {"infer_degrees": [0]}}, settings=EvaluateSettings(scales=(0,))),
+    ],
+    ids=lambda job: type(job).__name__,
+)
+def test_a_job_survives_the_way_through_a_command_line_and_a_file(job, tmp_path):
+    assert read_job(type(job), job.as_json()) == job
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(json.loads(job.as_json())))
+    assert read_job(type(job), str(tmp_path / "job.yaml")) == job
+
+
+def test_changes_of_a_job_reach_what_they_name():
+    changes = ["settings.lr=1e-4", "settings.source=data/x", "compensator.kind=tocom"]
+    job = read_job(LearnJob, '{"max_degree": 4}', changes)
+    assert (job.settings.lr, job.settings.source, job.compensator) == (1e-4, "data/x", {"kind": "tocom"})
+
+
+@pytest.mark.parametrize(
+    ("text", "change", "message"),
+    [
+        ("{}", "settings.epochs", "write key=value"),
+        ("{}", "settings.epoch=3", "unknown key 'epoch' (did you mean 'epochs'?)"),
+        ("{}", "settings.epochs=0", "epochs = 0"),
+        ("{}", "settings.epochs=many", "epochs = 'many'"),
+        ("{}", "checkpoint=1", "unknown key 'checkpoint' (did you mean 'checkpoints'?)"),
+        ("{}", "compressor.kind.x=1", "compressor.kind"),
+        ("{", None, "no JSON"),
+        ("none.yaml", None, "no such config: none.yaml"),
+    ],
+)
+def test_a_wrong_job_is_refused_in_one_line(text, change, message):
+    changes = [] if change is None else ["compressor.kind=tome", change]
+    assert message in refusal(read_job, FinetuneJob, text, changes)

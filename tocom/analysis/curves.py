@@ -1,0 +1,70 @@
+"""The curves of trainings: where a study's fine-tunings and learned parts keep theirs, and how they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import pandas as pd
+
+from tocom.analysis.cells import checked
+from tocom.analysis.run import Run
+
+#: Columns of such a file, a row an epoch: loss of the training, held_out: what the best epoch is chosen by.
+COLUMNS = ("epoch", "loss", "held_out")
+#: Roles of the parts of a method that may be learned.
+ROLES = ("compressor", "compensator")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One training of a study.
+
+    Attributes:
+        file: a CSV with :data:`COLUMNS` and more.
+        task: that it was fine-tuned on; None: it is a part that was learned.
+        method: under whose name its checkpoints are kept, or for which the part was learned first.
+        train: the label of the train degree; of a part, "".
+        seed: of a fine-tuning.
+        without: of a part, the held-out loss without it, where that is known.
+    """
+
+    file: Path
+    task: str | None
+    method: str
+    train: str = ""
+    seed: int = 0
+    without: float | None = None
+
+    def read(self) -> pd.DataFrame:
+        """Return its columns by epoch.
+
+        Raises:
+            TocomError: the file lacks a column.
+        """
+        return checked(pd.read_csv(self.file), COLUMNS, self.file).set_index("epoch")
+
+
+def curves(run: Run, backbone: str) -> list[Curve]:
+    """Return every training of a backbone whose curve is there, fine-tunings first; no file appears twice."""
+    there = (curve for curve in (*_tuned(run, backbone), *_learned(run, backbone)) if curve.file.is_file())
+    return list({curve.file: curve for curve in reversed([*there])}.values())[::-1]
+
+
+def _tuned(run: Run, backbone: str) -> Iterator[Curve]:
+    root = run.folder / "checkpoints" / backbone
+    for tuned, task in product(run.study.tuned, run.study.task_names):
+        for batch, checkpoints in run.study.batches(tuned).items():
+            for checkpoint in checkpoints:
+                file = (root / tuned / task / batch / checkpoint.file).with_suffix(".csv")
+                yield Curve(file, task, tuned, checkpoint.train_degree, checkpoint.seed)
+
+
+def _learned(run: Run, backbone: str) -> Iterator[Curve]:
+    for method, role in product(run.study.methods, ROLES):
+        file = run.learned_file(backbone, method, role)
+        if file is not None:
+            without = run.learned(backbone, method, role).get("held_out_kl_without")
+            yield Curve(file.with_suffix(".csv"), None, method, without=without)

@@ -1,0 +1,132 @@
+"""What a study's declaration asks for: tasks and groups of them, families of methods, pairs of conditions, cells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+from tocom.errors import TocomError
+
+#: The group of all tasks, and that of the 19 tasks whose three parts are groups of their own.
+ALL, VTAB = "all tasks", "VTAB-1k"
+
+
+@dataclass(frozen=True)
+class Scope:
+    """A task or a group of tasks: its name in tables, its members, and which of the two it is."""
+
+    name: str
+    tasks: tuple[str, ...]
+    is_group: bool
+
+    @property
+    def title(self) -> str:
+        """The name as a heading starts with it."""
+        return self.name[:1].upper() + self.name[1:]
+
+
+def group_scopes(groups: dict[str, str]) -> list[Scope]:
+    """Return every group in order of appearance, then those that span several: VTAB-1k and all tasks.
+
+    No two have the same members.
+
+    Args:
+        groups: task -> its group's name.
+    """
+    members: dict[str, tuple[str, ...]] = {}
+    for task, group in groups.items():
+        members[group] = (*members.get(group, ()), task)
+    parts = [name for name in members if name.startswith(f"{VTAB} ")]
+    wider = {VTAB: tuple(task for name in parts for task in members[name])} if len(parts) > 1 else {}
+    if len(members) > 1 and len(wider.get(VTAB, ())) < len(groups):
+        wider[ALL] = tuple(groups)
+    return [Scope(name, tasks, True) for name, tasks in (members | wider).items()]
+
+
+def task_scopes(groups: dict[str, str]) -> list[Scope]:
+    """Return every task; none where one task is the whole study, whose group is all there is to say."""
+    return [Scope(task, (task,), False) for task in groups] if len(groups) > 1 else []
+
+
+def families(study) -> list[tuple[str, ...]]:
+    """Return the methods that share checkpoints, those without a compensator first; the order is the study's."""
+    return [tuple(sorted(study.sharing(tuned), key=lambda name: is_compensated(study, name))) for tuned in study.tuned]
+
+
+def is_compensated(study, method: str) -> bool:
+    """Return whether a method has a compensator."""
+    return study.methods[method].compensator is not None
+
+
+def train_degrees(study, method: str) -> list[str]:
+    """Return the train degrees of a method that are numbers, ascending, as text."""
+    return sorted((label for label in study.train_degrees_of(method) if label.isdigit()), key=int)
+
+
+class Point(NamedTuple):
+    """Two conditions to compare: the train degree that names them, the train degree of either, where both run."""
+
+    train: str
+    before: str
+    after: str
+    infer: int
+
+    @property
+    def is_mismatch(self) -> bool:
+        """Whether the models run at another degree than the one that names them."""
+        return self.train != str(self.infer)
+
+
+def points(study, before: str, after: str) -> list[Point]:
+    """Return where two methods are compared: at the train and inference degrees that both have.
+
+    A method that trains at no one degree is compared with the other at every train degree of that one. Where a
+    compensator takes part, models that run at their own train degree are left out: it changes nothing there.
+    """
+    first, second = (train_degrees(study, method) for method in (before, after))
+    only = [study.train_degrees_of(method)[0] for method in (before, after)]
+    if first and second:
+        trains = [(train, train, train) for train in first if train in second]
+    elif second:
+        trains = [(train, only[0], train) for train in second]
+    else:
+        trains = [(train, train, only[1]) for train in first or only[:1]]
+    infers = sorted(set(study.infer_degrees_of(before)) & set(study.infer_degrees_of(after)))
+    found = [Point(*train, infer) for train, infer in product(trains, infers)]
+    both = is_compensated(study, before) or is_compensated(study, after)
+    return [point for point in found if point.is_mismatch or not both]
+
+
+def same_models(study) -> list[tuple[str, str]]:
+    """Return the declared pairs whose methods share checkpoints: what a compensator does to the same models."""
+    return [pair for pair in study.compare if study.tuned_as(pair[0]) == study.tuned_as(pair[1])]
+
+
+def cells(study, tasks: tuple[str, ...] | None = None) -> set[tuple]:
+    """Return (backbone, method, task, seed, train degree, inference degree) of every planned cell of some tasks."""
+    return {
+        (backbone.name, method, task, seed, train, infer)
+        for backbone, method in product(study.backbones, study.methods)
+        for task, seed in product(study.task_names if tasks is None else tasks, study.seeds)
+        for train, infer in product(study.train_degrees_of(method), study.infer_degrees_of(method))
+    }
+
+
+def prediction_files(study, folder: Path) -> list[Path]:
+    """Return the predictions files of a study that are there, and none that an earlier declaration of it has left.
+
+    Raises:
+        TocomError: there are none.
+    """
+    root = folder / "predictions"
+    planned = [
+        root / backbone.name / tuned / task / f"{batch}.safetensors"
+        for backbone, tuned, task in product(study.backbones, study.tuned, study.task_names)
+        for batch in study.batches(tuned)
+    ]
+    found = [path for path in planned if path.is_file()]
+    if not found:
+        raise TocomError(f"no predictions of this study in {root}; run some of it first")
+    return found

@@ -1,0 +1,124 @@
+"""From predictions to cells, statistics, tables and figures: `tocom analyse ...`.
+
+All commands take the folder of a study, and learn from its study.json what was planned.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from tocom.cli_common import Output, say, table
+from tocom.errors import TocomError
+
+app = typer.Typer(no_args_is_help=True, help="From predictions to cells, statistics, tables and figures.")
+
+FolderArgument = Annotated[Path, typer.Argument(help="A study's folder, such as results/demo.")]
+FolderOption = Annotated[Path, typer.Option("--output", "-o", help="Folder to write to.")]
+PredictionsArgument = Annotated[
+    Optional[list[Path]], typer.Argument(help="Predictions files; by default all of the study that are there.")
+]
+
+
+@app.command()
+def cells(folder: FolderArgument, output: Output, predictions: PredictionsArgument = None) -> None:
+    """Gather predictions into one tidy table, a row for each cell, and say how much of the study is there."""
+    from tocom.analysis import planned
+    from tocom.analysis.cells import KEYS, gather, write_rows
+    from tocom.study import read_study
+
+    study = read_study(folder / "study.json")
+    rows = gather(study.study, predictions or planned.prediction_files(study, folder))
+    write_rows(rows, output)
+    wanted = planned.cells(study)
+    say(f"{len(wanted & {tuple(row[key] for key in KEYS) for row in rows})} of {len(wanted)} planned cells are there")
+
+
+@app.command()
+def compare(folder: FolderArgument, output: Output, predictions: PredictionsArgument = None) -> None:
+    """Compare methods pair by pair, as the study declares: gains, intervals, tests, Holm correction."""
+    from tocom.analysis.cells import records
+    from tocom.analysis.compare import compare as stage
+    from tocom.analysis.planned import prediction_files
+    from tocom.files import write_text
+    from tocom.study import read_study
+
+    study = read_study(folder / "study.json")
+    result = stage(study, records(predictions or prediction_files(study, folder)))
+    write_text(output, result.to_csv(index=False, lineterminator="\n", float_format="%.10g"))
+
+
+@app.command()
+def concat(
+    tables: Annotated[list[Path], typer.Argument(help="CSV files with the same columns.")], output: Output
+) -> None:
+    """Put CSV files one below the other."""
+    from tocom.analysis.cells import concatenate
+
+    concatenate(tables, output)
+
+
+@app.command()
+def tables(folder: FolderArgument, output: FolderOption) -> None:
+    """Write the tables main, tasks, significance and throughput as Markdown, HTML and LaTeX (booktabs)."""
+    from tocom.analysis.report import write_tables
+
+    write_tables(folder, output)
+
+
+@app.command()
+def paper(folder: FolderArgument, output: FolderOption) -> None:
+    """Write the table in the paper's form that the study names, the published figures beside ours."""
+    from tocom.analysis.report import write_paper
+
+    write_paper(folder, output)
+
+
+@app.command()
+def figures(folder: FolderArgument, output: FolderOption) -> None:
+    """Draw every figure as PNG and as PDF."""
+    from tocom.analysis.report import write_figures
+
+    write_figures(folder, output)
+
+
+@app.command()
+def overview(
+    studies: Annotated[list[Path], typer.Argument(help="Folders of studies, or configs of studies, run or not.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Files to write, less .md, .tex and .html.")],
+) -> None:
+    """Write one table of all studies: the published figure, ours, and how much of each study was run."""
+    from tocom.analysis.overview import write_overview
+
+    write_overview(studies, output)
+
+
+@app.command()
+def verify(folders: Annotated[list[Path], typer.Argument(help="Folders of studies.")]) -> None:
+    """Compare cells.csv with reference/cells.csv within the study's tolerances; exit status 1 beyond them."""
+    from tocom.analysis.verify import verify as verdict
+
+    for folder in folders:
+        typer.echo(f"{folder}: {verdict(folder)}")
+
+
+@app.command()
+def show(folder: FolderArgument) -> None:
+    """Print the main table and where to look next."""
+    from tocom.analysis.report import show as text
+
+    typer.echo(text(folder))
+
+
+@app.command()
+def headline(folder: FolderArgument) -> None:
+    """Print the figures that the demo has to reach, measured; exit status 1 if one is missed."""
+    from tocom.analysis.headline import headline as figures_to_reach
+
+    found = figures_to_reach(folder)
+    rows = [(one.what, one.measured, one.target, "yes" if one.reached else "NO") for one in found]
+    table(("figure", "measured", "target", "reached"), rows)
+    if not all(one.reached for one in found):
+        raise TocomError("a figure was missed; see the table above")

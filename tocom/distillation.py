@@ -1,0 +1,73 @@
+"""Distillation between two degrees of one frozen backbone (ToCom, arXiv 2408.06798, section 4.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tocom.parts import Compensator, Objective
+from tocom.vit import CompressedViT
+
+
+def draw_pair(highest: int, generator: torch.Generator | None = None) -> tuple[int, int]:
+    """Draw two different degrees (source, target) uniformly from 0..highest."""
+    source, target = (int(torch.randint(high, (), generator=generator)) for high in (highest + 1, highest))
+    return source, target + (target >= source)
+
+
+def distillation_loss(teacher: Tensor, student: Tensor) -> Tensor:
+    """Return KL(teacher || student) of logits [B, classes] at temperature 1, averaged over images, in nats."""
+    return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
+
+
+class Distillation(Objective):
+    """The backbone as teacher at one degree, and as student at another with the compensator beside its weights.
+
+    Args:
+        teacher, student: the same backbone twice, behind the same compressor; neither is trained.
+        whole: see :meth:`tocom.parts.Part.objective`.
+    """
+
+    def __init__(self, teacher: CompressedViT, student: CompressedViT, compensator: Compensator, whole: bool = False):
+        super().__init__()
+        self.teacher, self.student = teacher.eval().requires_grad_(False), student.requires_grad_(False)
+        self.compensator, self.whole = compensator, whole
+        self._forward: tuple[Callable, Callable] = (self.teacher, self.student)
+        for name, branch in compensator.branches().items():
+            module = student.model.get_submodule(name)
+            module.register_forward_hook(lambda _, inputs, output, branch=branch: branch(inputs[0], output))
+        self.set((0, compensator.max_degree))
+
+    def compiled(self, wrap: Callable) -> Self:
+        """Compile both forward passes by ``wrap``; in a tuple, so that they are no modules of this one."""
+        self._forward = wrap(self.teacher), wrap(self.student)
+        return self
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of student and compensator; the teacher always stays in eval mode."""
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def draw(self, generator: torch.Generator | None = None) -> tuple[int, int]:
+        """Draw a source and a target degree."""
+        return draw_pair(self.compensator.max_degree, generator)
+
+    def set(self, drawn: tuple[int, int]) -> Self:
+        """From now on, run the teacher at the source degree, the student at the target with the change between them."""
+        source, target = drawn
+        self.teacher.set_degree(source)
+        self.student.set_degree(target)
+        self.compensator.between(source, target, self.whole)
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the loss on images [B, 3, H, W]."""
+        teacher, student = self._forward
+        with torch.no_grad():
+            expected = teacher(images)
+        return distillation_loss(expected.float(), student(images).float())

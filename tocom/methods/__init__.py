@@ -1,0 +1,28 @@
+"""The registry of parts: one file a part; the only place that lists them by name.
+
+What is named in a config is imported, nothing else. A class of yours needs no entry here: name it as
+``mypackage.module:MyClass``.
+"""
+
+from __future__ import annotations
+
+#: Role -> name of a part -> where its class is.
+PARTS: dict[str, dict[str, str]] = {
+    "compressor": {
+        "tome": "tocom.methods.tome:ToMe",
+        "evit": "tocom.methods.evit:EViT",
+        "tome_mlp": "tocom.methods.tome_mlp:ToMeMLP",
+    },
+    "tuning": {
+        "full": "tocom.methods.full:Full",
+        "head": "tocom.methods.head:Head",
+        "lora": "tocom.methods.lora:LoRA",
+        "adaptformer": "tocom.methods.adaptformer:AdaptFormer",
+        "none": "tocom.methods.as_it_is:AsItIs",
+    },
+    "compensator": {
+        "tocom": "tocom.methods.tocom:ToCom",
+    },
+}
+#: The part of each role that is meant where none is named.
+DEFAULTS = {"compressor": "tome", "tuning": "full", "compensator": "tocom"}

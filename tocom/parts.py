@@ -1,0 +1,481 @@
+"""What a method is made of: compressors, tunings and compensators, and what each of them has to offer.
+
+A part is a class in a file of its own (:mod:`tocom.methods`) with options of its own, which are validated, are its
+section of a config and belong to its fingerprint. The forward pass (:mod:`tocom.vit`), the stages and the workflow know
+these base classes and no part by name.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
+
+import torch
+from pydantic import Field, ValidationError
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tocom.degrees import Degree, counts, limit, token_counts
+from tocom.errors import TocomError, suggest
+from tocom.files import check_finite, digest, load_tensors, save_tensors
+from tocom.methods import PARTS
+from tocom.settings import Settings, explain
+
+if TYPE_CHECKING:
+    from tocom.vit import CompressedViT
+
+
+class Shape(NamedTuple):
+    """What a part may need to know of a ViT: blocks, width, attention heads, tokens, and how many are no patches."""
+
+    depth: int
+    dim: int
+    heads: int
+    tokens: int
+    prefix: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Self:
+        """Return the shape of a timm ViT."""
+        prefix = model.num_prefix_tokens
+        heads = model.blocks[0].attn.num_heads
+        return cls(len(model.blocks), model.embed_dim, heads, model.patch_embed.num_patches + prefix, prefix)
+
+
+class Part(nn.Module):
+    """Base of all parts.
+
+    Attributes:
+        Options: its options; a class of settings.
+        title: what tables call it. reference: the paper. trains, needs: what `tocom methods` says of it.
+        options, shape: what it was built with.
+    """
+
+    role: ClassVar[str]
+    Options: ClassVar[type[Settings]] = Settings
+    title: ClassVar[str] = ""
+    reference: ClassVar[str] = ""
+    trains: ClassVar[str] = "nothing"
+    needs: ClassVar[str] = "nothing"
+
+    def __init__(self, options: Settings | None = None, shape: Shape | None = None, max_degree: int = 0):
+        super().__init__()
+        self.options = self.Options() if options is None else options
+        self.shape, self.max_degree = shape, max_degree
+        self.metadata: dict[str, Any] = {}
+
+    @classmethod
+    def label(cls, options: Settings) -> str:
+        """Return what tables call it with these options."""
+        return cls.title
+
+    @classmethod
+    def learns(cls, options: Settings) -> bool:
+        """Return whether it is learned on the backbone before it can be used."""
+        return False
+
+    def objective(self, teacher: CompressedViT, student: CompressedViT, whole: bool) -> Objective:
+        """Return what is minimised, over this part's parameters alone, to learn it on a frozen backbone.
+
+        Args:
+            teacher, student: the backbone twice, behind the method's compressor.
+            whole: avoid shapes that depend on a draw, each of which torch.compile would make a program for.
+        """
+        raise TocomError(f"{type(self).__name__} has nothing to learn on a backbone")
+
+
+class Objective(nn.Module):
+    """A loss on images with something to draw for every step, such as a pair of degrees."""
+
+    def draw(self, generator: torch.Generator | None = None) -> Any:
+        """Draw what one step, or one held-out trial, is about."""
+
+    def set(self, drawn: Any) -> Self:
+        """Compute the loss for what was drawn from now on."""
+        return self
+
+    def compiled(self, wrap: Callable) -> Self:
+        """Compile the forward passes by ``wrap``."""
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the mean loss on normalised images [B, 3, H, W]."""
+        raise NotImplementedError
+
+
+# --- compressors ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Tokens:
+    """The tokens on their way through the blocks.
+
+    Attributes:
+        x: [B, N, D]. size: patches in each token [B, N, 1], or None while all are 1.
+        count: how many tokens the block is to remove at the present degree (see :meth:`Compressor.counts`).
+        block: index of the block. prefix: leading tokens that are not patches (class, distillation, registers).
+        memory: kept through one forward pass, for parts that look back.
+    """
+
+    x: Tensor
+    size: Tensor | None
+    count: int
+    block: int
+    prefix: int
+    memory: dict[str, Any] = field(default_factory=dict)
+
+    def now(self, x: Tensor, size: Tensor | None) -> Tokens:
+        """Return the same with other tokens and sizes."""
+        return replace(self, x=x, size=size)
+
+
+@dataclass(frozen=True)
+class Attention:
+    """What the attention of one block is made of.
+
+    Attributes:
+        q, k, v: queries, keys and values [B, heads, N, head_dim], as they enter the dot product.
+        scale: factor on the logits (head_dim ** -0.5). dropout: on the attention weights, 0 in eval mode.
+        bias: log token size [B, 1, 1, N] that is added to the logits, or None.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    scale: float
+    bias: Tensor | None
+    dropout: float = 0.0
+
+
+class Compressor(Part):
+    """What a block does at a degree: by default it removes tokens between its attention and its MLP.
+
+    Attributes:
+        needs_class_token: whether it can only work on a model with a class token.
+        restores: whether every token leaves the block that entered it, so that only a part of the block sees fewer.
+    """
+
+    role = "compressor"
+    axis: ClassVar[str] = "tokens removed in each block"
+    needs_class_token: ClassVar[bool] = False
+    restores: ClassVar[bool] = False
+
+    @classmethod
+    def highest(cls, options: Settings, patches: int) -> int:
+        """Return the highest degree at which images of so many patches can run."""
+        return patches // 2
+
+    def counts(self, degree: Degree, depth: int) -> tuple[int, ...]:
+        """Return what each of ``depth`` blocks is told to remove at a degree, before the block's own limit."""
+        return counts(degree, depth)
+
+    def token_counts(self, degree: Degree, depth: int, n_tokens: int, prefix: int) -> tuple[int, ...]:
+        """Return the number of tokens that leave each block."""
+        return token_counts(0 if self.restores else self.counts(degree, depth), depth, n_tokens, prefix)
+
+    def project(self, attn: nn.Module, x: Tensor, tokens: Tokens) -> Sequence[Tensor]:
+        """Return queries, keys and values [B, heads, N, head_dim] of normalised tokens x [B, N, D]."""
+        shape = *x.shape[:2], attn.num_heads, attn.head_dim
+        return [part.view(shape).transpose(1, 2) for part in attn.qkv(x).chunk(3, dim=-1)]
+
+    def mix(self, attention: Attention, tokens: Tokens) -> Tensor:
+        """Return the attention's output, head by head [B, heads, N, head_dim]."""
+        return F.scaled_dot_product_attention(
+            attention.q, attention.k, attention.v, attention.bias, dropout_p=attention.dropout
+        )
+
+    def around_mlp(self, tokens: Tokens, attention: Attention, mlp: Callable[[Tensor], Tensor]) -> Tokens:
+        """Finish a block after its attention: remove tokens and add the MLP's branch ([B, M, D] -> [B, M, D])."""
+        tokens = self.compress(tokens, attention)
+        return tokens.now(tokens.x + mlp(tokens.x), tokens.size)
+
+    def compress(self, tokens: Tokens, attention: Attention) -> Tokens:
+        """Remove ``tokens.count`` tokens, but half of those that are no prefix at most; see :meth:`reduce`."""
+        count = min(tokens.count, limit(tokens.x.shape[1], tokens.prefix))
+        return self.reduce(replace(tokens, count=count), attention) if count else tokens
+
+    def reduce(self, tokens: Tokens, attention: Attention) -> Tokens:
+        """Remove exactly ``tokens.count`` >= 1 tokens: x [B, N - count, D], and their sizes if they are tracked."""
+        raise NotImplementedError
+
+    def penalty(self) -> Tensor | float:
+        """Return a loss of its own that fine-tuning adds."""
+        return 0.0
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """Select tokens: x [B, N, C], index [B, M] -> [B, M, C]."""
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+
+
+def widen(x: Tensor) -> Tensor:
+    """Return x in float32, or as it is if its type is wider: sums over tokens overflow or stall in half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def descending(scores: Tensor) -> Tensor:
+    """Return positions by falling score [B, N]; of equal ones the first comes first.
+
+    ONNX has no stable sort, but its selection of the largest breaks ties so, which torch's does not promise.
+    """
+    if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export():
+        return scores.topk(scores.shape[-1], dim=-1).indices
+    return scores.argsort(dim=-1, descending=True, stable=True)
+
+
+def ones_like_size(x: Tensor) -> Tensor:
+    """Return sizes of 1 [B, N, 1] for tokens x [B, N, D]."""
+    return torch.ones_like(x[..., :1])
+
+
+# --- tunings ----------------------------------------------------------------------------------------------------------
+
+
+class TuningOptions(Settings):
+    """What every tuning can be told."""
+
+    degree: Literal["fixed", "random"] = Field(
+        "fixed", description="fixed: every step at the train degree; random: drawn uniformly from 0..max_degree"
+    )
+
+
+class Tuning(Part):
+    """Which weights fine-tuning trains, and at which degree each of its steps runs."""
+
+    role = "tuning"
+    Options = TuningOptions
+    trains_anything: ClassVar[bool] = True
+
+    @classmethod
+    def label(cls, options: TuningOptions) -> str:
+        """Return what tables call it with these options."""
+        drawn = "" if options.degree == "fixed" else f"{options.degree} degrees"
+        return ", ".join(filter(None, (cls.title, drawn)))
+
+    @classmethod
+    def labels(cls, options: TuningOptions, degrees: Sequence[int]) -> tuple[str, ...]:
+        """Return how cells name what it trains: at each of the study's train degrees, or once at all of them."""
+        return tuple(map(str, degrees)) if options.degree == "fixed" else (options.degree,)
+
+    def prepare(self, model: nn.Module) -> None:
+        """Add modules to a timm ViT and set ``requires_grad`` on just what is trained.
+
+        At the start the model computes what it computed before. Initial weights are drawn from torch's global state.
+        """
+        raise NotImplementedError
+
+    def restore(self, model: nn.Module) -> None:
+        """Add the modules that a model tuned so has besides its architecture's, before its weights are loaded."""
+
+    def finish(self, model: nn.Module) -> None:
+        """Merge what can be merged once training is over, so that the model costs what it cost before."""
+
+    def begin(self, vit: CompressedViT) -> None:
+        """Set the degree of the next step; called with the same random state in all processes."""
+        if self.options.degree == "random":
+            vit.set_degree(int(torch.randint(self.max_degree + 1, ())))
+
+    def score_degrees(self, label: str) -> tuple[int, ...]:
+        """Return the degrees at which validation images are scored, to choose the best epoch."""
+        return (0, self.max_degree // 2, self.max_degree) if source_degree(label) is None else (int(label),)
+
+
+def source_degree(label: str | int) -> int | None:
+    """Return the degree that a checkpoint was trained at, or None if it was trained at no one degree.
+
+    Raises:
+        TocomError: the degree is negative.
+    """
+    text = str(label)
+    if text.lstrip("-").isdigit():
+        if int(text) < 0:
+            raise TocomError(f"train degree {text} is out of range: give 0 or more")
+        return int(text)
+    return None
+
+
+def is_head(name: str) -> bool:
+    """Return whether a parameter of a timm ViT belongs to its classifier, which no two tasks share."""
+    return name.startswith(("head.", "head_dist."))
+
+
+def train_heads(model: nn.Module) -> bool:
+    """Freeze a timm ViT but for its classifiers; return whether it has one."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(is_head(name))
+    return any(parameter.requires_grad for parameter in model.parameters())
+
+
+# --- compensators -----------------------------------------------------------------------------------------------------
+
+
+class Compensator(Part):
+    """Changes of weights that take a model trained at one degree to another.
+
+    It names parameters of a timm ViT; whoever folds them (:mod:`tocom.folding`) knows nothing else of it.
+
+    Attributes:
+        compressor: what it was learned for: the compressor's name and options.
+    """
+
+    role = "compensator"
+    compressor: dict[str, Any] | None = None
+
+    @classmethod
+    def learns(cls, options: Settings) -> bool:
+        """Return that it is learned on the backbone."""
+        return True
+
+    @property
+    def trained_scale(self) -> float:
+        """The factor on its changes while it is learned; scales are multiples of it."""
+        return 1.0
+
+    def deltas(self, source: Degree, target: Degree) -> dict[str, Tensor]:
+        """Return what to add to which parameters of a model trained at ``source`` that runs at ``target``, unscaled.
+
+        Raises:
+            TocomError: a degree is beyond those it was learned for.
+        """
+        raise NotImplementedError
+
+    def between(self, source: Degree, target: Degree, whole: bool = False) -> None:
+        """Have :meth:`branches` compute the changes between two degrees from now on."""
+        raise NotImplementedError
+
+    def branches(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+        """Return how it acts beside the frozen weights while it is learned, at the trained scale.
+
+        Returns:
+            Name of a module of the ViT -> a function of the module's input and output that returns the new output.
+        """
+        raise NotImplementedError
+
+    def check_fits(self, vit: CompressedViT) -> None:
+        """Raise TocomError unless it was learned for such a model and compressor."""
+        have = Shape.of(vit.model)
+        if self.shape and have[:2] != self.shape[:2]:
+            raise TocomError(
+                f"this compensator fits a backbone of {self.shape.depth} blocks and width {self.shape.dim},"
+                f" not one of {have.depth} blocks and width {have.dim}; learn one for this backbone"
+            )
+        described = describe(vit.compressor)
+        if self.compressor not in (None, described):
+            raise TocomError(f"this compensator was learned for {self.compressor}, not {described}; learn one for it")
+
+
+# --- parts by name, and their files -----------------------------------------------------------------------------------
+
+
+def part_class(role: str, kind: str) -> type[Part]:
+    """Import the class of a part: a name of the registry, or ``package.module:Class``.
+
+    Raises:
+        TocomError: there is none of that name, it cannot be imported, or it is no part of that role.
+    """
+    known = PARTS[role]
+    if kind not in known and ":" not in kind:
+        raise TocomError(
+            f"unknown {role} {kind!r}{suggest(kind, known)}; known: {', '.join(known)}, or package.module:Class"
+        )
+    module, _, name = known.get(kind, kind).partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # where a study is run is where its own code is
+    try:
+        found = getattr(import_module(module), name, None)
+    except ImportError as error:
+        raise TocomError(f"{role} {kind!r} cannot be imported ({error}); check the module's name and place") from None
+    if not (isinstance(found, type) and issubclass(found, Part) and found.role == role):
+        raise TocomError(f"{kind!r} is no {role}: give a subclass of tocom.parts.{role.capitalize()}")
+    return found
+
+
+def make_part(role: str, spec: str | dict[str, Any] | Part, shape: Shape | None = None, max_degree: int = 0) -> Any:
+    """Build a part from its name, or from a mapping with its ``kind`` and options; a part stays as it is.
+
+    Raises:
+        TocomError: see :func:`part_class`; or an option is unknown or out of range.
+    """
+    if isinstance(spec, Part):
+        return spec
+    kind, options = _kind_and_options(spec)
+    cls = part_class(role, kind)
+    part = cls(check_options(role, kind, options), shape, max_degree)
+    part.kind = kind
+    return part
+
+
+def described(role: str, spec: str | dict[str, Any]) -> dict[str, Any]:
+    """Return what :func:`describe` says of a part, without building it."""
+    kind, options = _kind_and_options(spec)
+    return {"kind": kind} | check_options(role, kind, options).recipe()
+
+
+def _kind_and_options(spec: str | dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    return (spec, {}) if isinstance(spec, str) else (spec["kind"], {k: v for k, v in spec.items() if k != "kind"})
+
+
+def check_options(role: str, kind: str, options: dict[str, Any]) -> Settings:
+    """Return the validated options of a part.
+
+    Raises:
+        TocomError: one is unknown or out of range.
+    """
+    cls = part_class(role, kind)
+    try:
+        return cls.Options.model_validate(options)
+    except ValidationError as error:
+        raise explain(error, f"{role} {kind!r}", {"": cls.Options}) from None
+
+
+def describe(part: Part) -> dict[str, Any]:
+    """Return a part's name and all its options as JSON; :func:`make_part` builds it again."""
+    return {"kind": getattr(part, "kind", kind_of(type(part)))} | part.options.recipe()
+
+
+def kind_of(cls: type[Part]) -> str:
+    """Return the name by which a class is known to the registry, or ``package.module:Class``."""
+    where = f"{cls.__module__}:{cls.__qualname__}"
+    return next((name for name, place in PARTS[cls.role].items() if place == where), where)
+
+
+def save_part(path: Any, part: Part) -> None:
+    """Write a learned part with all that is needed to build it again, and a hash of its parameters."""
+    tensors = part.state_dict()
+    about = {"format": 2, "kind": part.role, "part": describe(part), "max_degree": part.max_degree}
+    about |= {"shape": part.shape, "sha256": digest(tensors), "compressor": getattr(part, "compressor", None)}
+    save_tensors(path, tensors, part.metadata | about)
+
+
+def load_part(path: Any, role: str) -> Any:
+    """Read what :func:`save_part` wrote, in eval mode.
+
+    Raises:
+        TocomError: the file is missing, corrupt or of another kind, or its hash is wrong.
+    """
+    tensors, about = load_tensors(path)
+    if about.get("kind") != role:
+        raise TocomError(f"{path} holds {about.get('kind', 'something else')}, not a {role}; check the path")
+    if digest(tensors) != about["sha256"]:
+        raise TocomError(f"{path} is corrupt: its parameters do not match their hash; make it again")
+    check_finite(tensors, path)
+    part = make_part(role, about["part"], Shape(*about["shape"]) if about["shape"] else None, about["max_degree"])
+    try:
+        part.load_state_dict(tensors)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise TocomError(f"{path} does not fit {about['part']['kind']!r} of this version: {reason}") from None
+    own = ("format", "kind", "part", "max_degree", "shape", "sha256", "compressor")
+    part.metadata = {key: value for key, value in about.items() if key not in own}
+    if role == "compensator":
+        part.compressor = about["compressor"]
+    return part.eval()
+
+
+def parameters_of(parts: Iterable[Part]) -> int:
+    """Return how many numbers the parameters of some parts hold."""
+    return sum(parameter.numel() for part in parts for parameter in part.parameters())

@@ -1,1 +1,0 @@
-"""The segmentation study: tokens merge before each MLP and come back after it, so that a dense head sees them all."""

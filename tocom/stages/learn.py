@@ -1,0 +1,206 @@
+"""Learn a part of a method (a compensator, a compressor) once for a backbone, on its pre-training images."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from tocom import distributed
+from tocom.bundled import resolve
+from tocom.data.glyphs import SIZE
+from tocom.data.images import decode
+from tocom.data.loading import TrainImages, feed, mixer, train_transform
+from tocom.data.registry import pack_paths, pretraining_files, split_files
+from tocom.errors import TocomError
+from tocom.files import digest, sha256, write_rows
+from tocom.jobs import LearnJob
+from tocom.models import check_classifier, compress, load_model, pick_device
+from tocom.parts import Objective, Part, Shape, describe, load_part, make_part, save_part
+from tocom.seeds import derive_seed
+from tocom.settings import LearnSettings
+from tocom.stages.pretrain import letters
+from tocom.training import (
+    autocast,
+    check_pairs,
+    compiled,
+    explained,
+    fit,
+    forget,
+    make_deterministic,
+    normalise,
+    random_shift,
+    resume_path,
+)
+
+
+def _pretraining_images(
+    model: nn.Module, files: Sequence[Path] | None, settings: LearnSettings
+) -> tuple[Tensor | list[Path], Tensor]:
+    """Return the images to train on, decoded [n, 3, H, W] uint8 or as paths, and the held-out ones, decoded."""
+    height, width = model.patch_embed.img_size
+    if files is not None:
+        train, held_out = split_files(list(files), settings.held_out)
+        train = train[: settings.images]
+        decoded = torch.from_numpy(decode(held_out, height, title="held-out images"))
+        if settings.augmentation == "timm":
+            return train, decoded
+        return torch.from_numpy(decode(train, height, title="images to learn on")), decoded
+    if (height, width) != (SIZE, SIZE):
+        raise TocomError(
+            f"the backbone takes {height} x {width} images, the bundled letters have {SIZE} x {SIZE} pixels;"
+            " give its pre-training images (settings.source of the job, or images of the backbone in a config)"
+        )
+    if settings.images is None:
+        raise TocomError("there is no end of letters; say how many to learn on (learn.images)")
+    return letters(settings.images)[0], letters(settings.held_out, held_out=True)[0]
+
+
+def _identity(images: Tensor | list[Path], held_out: Tensor) -> str:
+    """Return a hash of the images; of those that are not decoded, of their paths."""
+    if isinstance(images, Tensor):
+        return digest({"pixels": images, "held_out": held_out})
+    return hashlib.sha256(pack_paths(images).tobytes()).hexdigest() + digest({"held_out": held_out})
+
+
+def _training_step(
+    objective: Objective, model: nn.Module, images: Tensor | list[Path], settings: LearnSettings, workers: int
+) -> tuple[Callable, Callable | None]:
+    """Return the loss of a micro-batch, and what feeds it images; without augmentation by timm, indices are enough."""
+    device = next(model.parameters()).device
+    mix = mixer(settings, model.num_classes, 0.0)
+
+    def loss(batch: Tensor) -> Tensor:
+        unused = torch.zeros(len(batch), dtype=torch.long, device=device)  # timm's mixup wants labels
+        return objective(batch if mix is None else mix(batch, unused)[0])
+
+    def from_memory(indices: Tensor) -> Tensor:
+        batch = images[indices.to(images.device)]
+        if settings.augmentation == "shift":
+            batch = random_shift(batch, settings.shift)
+        return loss(normalise(batch.to(device), model))
+
+    def from_loader(batch: tuple[Tensor, Tensor]) -> Tensor:
+        return loss(batch[0].to(device, non_blocking=True))
+
+    check_pairs(settings)
+    if settings.augmentation == "timm":
+        data = TrainImages(images, torch.zeros(len(images)), train_transform(model, settings), settings.seed)
+        return from_loader, feed(data, workers, pin=device.type == "cuda")
+    return from_memory, None
+
+
+@explained()
+def learn(
+    job: LearnJob,
+    backbone: str | os.PathLike,
+    output: str | os.PathLike,
+    learned: str | os.PathLike | None = None,
+    workers: int = 0,
+) -> dict:
+    """Learn a part on the backbone's pre-training images; labels are not used.
+
+    Under torchrun, all processes train one part, with the same draw (a pair of degrees) in every step.
+
+    Args:
+        backbone: a bundled name or a checkpoint.
+        output: the part to write; the curve of its training goes beside it, with the ending .csv.
+        learned: of a compensator: the compressor's parameters, if it is one that is learned itself.
+        workers: processes that decode and augment images; they change no result.
+
+    Returns:
+        What is stored with the part: hashes, recipe, held-out loss with and without it (nats).
+
+    Raises:
+        TocomError: an input is missing or corrupt, the backbone has no classifier, the loss turns NaN, or an
+            operation's results vary from run to run and ``deterministic`` is set.
+    """
+    settings = job.settings
+    make_deterministic(settings.threads, settings.deterministic)
+    device = distributed.own_device(pick_device(settings.device))
+    with distributed.processes(device):
+        teacher, about = load_model(backbone)
+        check_classifier(teacher, backbone)
+        student, _ = load_model(backbone, drop_path_rate=settings.drop_path)
+        shape = Shape.of(teacher)
+        torch.manual_seed(derive_seed(settings.seed, "compensator"))
+        if learned is None:
+            compressor = make_part("compressor", job.compressor, shape, job.max_degree)
+        else:
+            compressor = load_part(learned, "compressor")
+        behind = [compress(model, about, compressor) for model in (teacher, student)]
+        part: Part = compressor
+        if job.compensator is not None:
+            part = make_part("compensator", job.compensator, shape, job.max_degree)
+            part.compressor = describe(compressor)
+        objective = part.objective(*behind, settings.compile is not None).to(device)
+        objective.compiled(lambda vit: compiled(vit, settings))
+        files = None if settings.source is None else pretraining_files(settings.source, job.data_root)
+        images, held_out = _pretraining_images(teacher, files, settings)
+        trained = _train(part, objective, teacher, images, held_out, job, sha256(resolve(backbone)), output, workers)
+        described = {
+            "backbone": about["architecture"],
+            "backbone_sha256": about["sha256"],
+            "proportional_attention": about.get("proportional_attention", True),
+            "mean": list(teacher.pretrained_cfg["mean"]),
+            "std": list(teacher.pretrained_cfg["std"]),
+            "recipe": settings.recipe(),
+        }
+        if distributed.is_main():
+            write_rows(trained.pop("epochs"), Path(output).with_suffix(".csv"))
+            part.metadata = described | trained
+            save_part(output, part)
+        distributed.wait_for_all()
+        forget(output)
+        return described | trained
+
+
+def _train(
+    part: Part,
+    objective: Objective,
+    model: nn.Module,
+    images: Tensor | list[Path],
+    held_out: Tensor,
+    job: LearnJob,
+    backbone_sha256: str,
+    output: str | os.PathLike,
+    workers: int,
+) -> dict:
+    """Train a part; return its best epoch and the held-out loss before and after."""
+    settings, device = job.settings, next(model.parameters()).device
+    held_out = held_out.to(device)
+    generator = torch.Generator().manual_seed(derive_seed(settings.seed, "held-out pairs"))
+    trials = [objective.draw(generator) for _ in range(settings.pairs)]
+    chunks = held_out.split(-(-len(held_out) // len(trials)))  # a part of the images for every trial
+
+    @torch.no_grad()
+    def score() -> tuple[float]:
+        objective.eval()
+        mine = distributed.share(list(zip(chunks, trials, strict=False)))
+        with autocast(settings.precision, device):
+            losses = [objective.set(trial)(normalise(chunk, model)).cpu() for chunk, trial in mine]
+        return (-float(torch.stack(distributed.gather(losses)).mean()),)
+
+    before = -score()[0]
+    step, loader = _training_step(objective, model, images, settings, workers)
+    record = fit(
+        step,
+        objective,
+        len(images),
+        settings,
+        settings.seed,
+        score,
+        f"learn {describe(part)['kind']} seed {settings.seed}",
+        {"backbone": backbone_sha256, "job": job.recipe(), "images": _identity(images, held_out)},
+        resume_path(output),
+        lambda: objective.set(objective.draw()),
+        loader,
+        drop_last=settings.mixes,
+    )
+    best = -record["score"][0]
+    kept = {"best_epoch": record["best_epoch"], "epochs": record["epochs"]}
+    return kept | {"held_out_kl": best, "held_out_kl_without": before}

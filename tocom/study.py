@@ -1,0 +1,662 @@
+"""What a study's config may say, the grid of checkpoints and cells that it stands for, and its jobs.
+
+A job is one validated object (see :mod:`tocom.jobs`); the workflow names its files and resources and runs it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from tocom.data.catalogue import read_catalogue
+from tocom.data.families import FAMILIES, why_no_task
+from tocom.data.images import Resize
+from tocom.data.own import OPTIONS, OwnOptions
+from tocom.data.registry import TASKS, groups_of, kind_of_task
+from tocom.errors import TocomError, suggest
+from tocom.files import read_yaml
+from tocom.methods import DEFAULTS
+from tocom.parts import check_options, part_class, source_degree
+from tocom.settings import (
+    PLAIN,
+    EvaluateSettings,
+    FinetuneSettings,
+    LearnSettings,
+    Positive,
+    PretrainSettings,
+    SegmentSettings,
+    Settings,
+    ThroughputSettings,
+    explain,
+)
+
+#: Groups that tables make of others.
+RESERVED_GROUPS = ("all tasks", "VTAB-1k")
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
+Degree = Annotated[int, Field(ge=0)]
+#: Tables in the paper's form; see tocom.analysis.paper.
+PaperTable = Literal["degrees", "backbones", "methods", "speedup", "ablation", "transfer", "segmentation"]
+#: Kind of a task -> the settings of its fine-tuning, and what is measured on it.
+FINETUNE: dict[str, type[Settings]] = {"classify": FinetuneSettings, "segment": SegmentSettings}
+METRICS = {"classify": "accuracy", "segment": "mIoU"}
+
+
+# --- what is studied --------------------------------------------------------------------------------------------------
+
+
+class Backbone(Settings):
+    """A pre-trained model: a bundled or own checkpoint, a timm model by name, or one that the workflow pre-trains."""
+
+    name: str = Field(description="what tables and folders call it")
+    checkpoint: str | None = Field(None, description="a bundled name (glyph_vit), or a checkpoint of this project")
+    timm: str | None = Field(None, description="timm model by name and tag, with its public weights or `weights`")
+    revision: str | None = Field(None, description="timm: commit of the weights on the Hub; null: the newest")
+    weights: str | None = Field(None, description="timm: file with its weights (.safetensors, .pth, .npz), no download")
+    sha256: str | None = Field(None, description="timm: what the file of weights must hash to; null: not checked")
+    num_classes: Positive | None = Field(None, description="timm: classes of the weights' classifier, if not timm's")
+    architecture: str | None = Field(None, description="timm model to pre-train on letters in the workflow")
+    kwargs: dict[str, Any] = Field({}, description="overrides of the timm model's arguments")
+    image_size: Positive = Field(32, description="side of the images it takes, in pixels")
+    patch_size: Positive = Field(4, description="side of its patches, in pixels")
+    proportional_attention: bool | None = Field(
+        None, description="timm: add log(token size) to attention (ToMe); null: unless it is an MAE model"
+    )
+    images: str | None = Field(
+        None, description="folder of images, or data set (imagenet1k), to learn parts on; null: the bundled letters"
+    )
+
+    @model_validator(mode="after")
+    def _has_a_source(self):
+        given = [name for name in ("checkpoint", "timm", "architecture") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"backbone {self.name!r} needs one of checkpoint, timm and architecture; it has {given or 'none'}"
+            )
+        _check_images(self.images, f"backbone {self.name!r}")
+        if self.timm is not None and not {"image_size", "patch_size"} <= self.model_fields_set:
+            raise ValueError(
+                f"backbone {self.name!r}: timm needs image_size and patch_size beside it, such as 224 and 16"
+            )
+        for option in ("revision", "weights", "sha256", "num_classes", "proportional_attention"):
+            if getattr(self, option) is not None and self.timm is None:
+                raise ValueError(f"backbone {self.name!r}: {option} goes with timm, not with {given[0]}")
+        return self
+
+    @property
+    def is_made(self) -> bool:
+        """Whether the workflow writes its checkpoint."""
+        return self.checkpoint is None
+
+    @property
+    def patches(self) -> int:
+        """Number of patches of one of its images."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+def _check_images(images: str | None, where: str) -> None:
+    catalogue = read_catalogue()
+    if images in catalogue and catalogue[images].family not in FAMILIES:
+        raise ValueError(f"{where}: cannot learn on {images}: it {why_no_task(catalogue[images].family)}")
+
+
+class Spec(BaseModel):
+    """What a config says of a part: its name alone, or a mapping with its ``kind`` and options."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    role: str = Field(exclude=True)
+    kind: str
+
+    @model_validator(mode="after")
+    def _options_are_valid(self):
+        try:
+            check_options(self.role, self.kind, self.__pydantic_extra__)
+        except TocomError as error:
+            raise ValueError(str(error)) from None
+        return self
+
+    @property
+    def name(self) -> str:
+        """The kind, without the module of a class of one's own."""
+        return self.kind.rpartition(":")[2]
+
+    @property
+    def part(self) -> Any:
+        """The part's class."""
+        return part_class(self.role, self.kind)
+
+    @property
+    def options(self) -> Any:
+        """The part's validated options."""
+        return check_options(self.role, self.kind, self.__pydantic_extra__)
+
+    def described(self) -> dict[str, Any]:
+        """Return kind and all options, as :func:`tocom.parts.make_part` takes them."""
+        return {"kind": self.kind} | self.options.recipe()
+
+    @property
+    def label(self) -> str:
+        """What tables call it."""
+        return self.part.label(self.options) or ("" if self.role == "tuning" else self.name)
+
+
+def _as_spec(role: str):
+    def convert(value):
+        if value is None or isinstance(value, Spec):
+            return value
+        if isinstance(value, str):
+            return {"role": role, "kind": value}
+        if not isinstance(value, Mapping):
+            raise ValueError(f"{role} {value!r}: give a name, or a mapping with its kind and options")
+        return {"kind": DEFAULTS[role], "role": role} | dict(value)
+
+    return BeforeValidator(convert, json_schema_input_type=str | dict[str, Any])
+
+
+def _schema_of_entry(schema: dict[str, Any]) -> None:
+    """Have the schema of a method be that of its entry in a config: with `like`, which is replaced on reading."""
+    del schema["properties"]["changes"]
+    meaning = "a method above that this one copies, less what it changes"
+    schema["properties"]["like"] = {"type": "string", "description": meaning}
+
+
+class Method(Settings):
+    """How tokens are compressed, what fine-tuning trains, and what is added when the degree changes."""
+
+    model_config = ConfigDict(json_schema_extra=_schema_of_entry)
+
+    title: str | None = Field(None, description="what tables call it; null: made of the titles of its parts")
+    compressor: Annotated[Spec, _as_spec("compressor")] = Field(
+        DEFAULTS["compressor"], validate_default=True, description="what a block does at a degree"
+    )
+    tuning: Annotated[Spec, _as_spec("tuning")] = Field(
+        DEFAULTS["tuning"], validate_default=True, description="what fine-tuning trains, at which degrees"
+    )
+    compensator: Annotated[Spec | None, _as_spec("compensator")] = Field(
+        None, description="changes of weights between two degrees; null: none"
+    )
+    learn: dict[str, Any] = Field({}, description="changes of the study's learn section for what this method learns")
+    scales: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
+        None, description="candidate scales of its compensator, which need not hold 0; null: those of evaluate"
+    )
+    train_degrees: tuple[Degree, ...] | None = Field(None, min_length=1, description="null: those of the study")
+    infer_degrees: tuple[Degree, ...] | None = Field(None, min_length=1, description="null: those of the study")
+    changes: dict[str, Any] = Field({}, description="made from `like`: what the entry changes")
+
+    @model_validator(mode="after")
+    def _compensator_has_a_use(self):
+        if self.compensator is None and self.scales is not None:
+            raise ValueError("scales are those of a compensator; name one, or leave them out")
+        return self
+
+    @model_validator(mode="after")
+    def _has_a_title(self):
+        if self.title is None:
+            tuned = ", ".join(filter(None, (self.compressor.label, self.tuning.label)))
+            title = " + ".join(filter(None, (tuned, self.compensator and self.compensator.label)))
+            object.__setattr__(self, "title", title)
+        return self
+
+
+def _expanded(methods: Any) -> Any:
+    """Return a config's methods with every ``like`` replaced by the entry that it names, less what is changed."""
+    if not isinstance(methods, Mapping):
+        return methods
+    done: dict[str, Any] = {}
+    for name, entry in methods.items():
+        if isinstance(entry, Method) or not isinstance(entry, Mapping) or "like" not in entry:
+            done[name] = entry
+            continue
+        if entry["like"] not in done:
+            raise ValueError(f"method {name!r}: like: {entry['like']!r} is no method above it")
+        base = {key: value for key, value in dict(done[entry["like"]]).items() if key not in ("title", "changes")}
+        changes = {key: value for key, value in entry.items() if key != "like"}
+        done[name] = base | {key: _merged(key, base.get(key), value) for key, value in changes.items()}
+        done[name]["changes"] = {key: value for key, value in changes.items() if key != "title"}
+    return done
+
+
+def _merged(role: str, base: Any, value: Any) -> Any:
+    """Return what an entry changes of another's: options of the same part are changed one by one."""
+    if role not in DEFAULTS or not isinstance(value, Mapping) or "kind" in value or base is None:
+        return value
+    return ({"kind": base} if isinstance(base, str) else dict(base)) | dict(value)
+
+
+class TaskEntry(OwnOptions):
+    """A downstream task: bundled or of the catalogue by name, or your own under a name of your own."""
+
+    name: str = Field(description="a name from `tocom tasks` or `tocom data list`, or your own")
+    data: dict[str, Any] = Field({}, description="changes of the study's data section for this task")
+    finetune: dict[str, Any] = Field({}, description="changes of the study's finetune section for this task")
+    fine_tuned: str | None = Field(
+        None, description="a model fine-tuned elsewhere, used as it is by methods with tuning: none"
+    )
+
+    @model_validator(mode="after")
+    def _known_or_own(self):
+        if self.group in RESERVED_GROUPS:
+            raise ValueError(f"task {self.name!r}: tables make the group {self.group!r} themselves; give another name")
+        if self.kind is None and "group" in self.model_fields_set:
+            raise ValueError(f"task {self.name!r}: group is for your own images; this task has its group")
+        if "root" in self.data:
+            raise ValueError(f"task {self.name!r}: data.root is one for all tasks; set it in the study's data section")
+        if self.kind is None and self.name not in TASKS:
+            catalogue = read_catalogue()
+            known = [*TASKS, *(name for name, entry in catalogue.items() if entry.family in FAMILIES)]
+            if self.name in catalogue and self.name not in known:
+                raise ValueError(f"{self.name} cannot be a task: it {why_no_task(catalogue[self.name].family)}")
+            if self.name not in known:
+                raise ValueError(
+                    f"unknown task {self.name!r}{suggest(self.name, known)}; see `tocom tasks` and `tocom data list`,"
+                    f" or give one of {', '.join(OPTIONS)}"
+                )
+        return self
+
+    @property
+    def is_downloaded(self) -> bool:
+        """Whether it is a data set of the catalogue."""
+        return self.kind is None and self.name not in TASKS
+
+    def source(self) -> dict[str, Any]:
+        """Return the options of an own source that differ from their defaults."""
+        own = self.model_dump(mode="json", include=set(OwnOptions.model_fields), exclude_defaults=True)
+        return own if self.kind else {}
+
+
+#: A task in a config: an entry, or its name alone.
+NamedTask = Annotated[
+    TaskEntry,
+    BeforeValidator(
+        lambda value: {"name": value} if isinstance(value, str) else value, json_schema_input_type=str | TaskEntry
+    ),
+]
+
+
+class DataSettings(Settings):
+    """Sizes of the splits and images, and where data sets are."""
+
+    root: str = Field("data", description="folder of the data sets that `tocom data fetch` downloads")
+    train: Positive | None = Field(None, description="images to fine-tune on; null: a bundled task's default, else all")
+    val: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="images, or share of the training images, to choose the epoch and the scale on; null: a bundled"
+        " task's default, else the source's own split or a tenth of the training images",
+    )
+    test: Positive | None = Field(None, description="test images; null: a bundled task's default, else all")
+    resize: Resize = Field("crop", description="crop: scale the shorter side by 256/224, cut the centre out; or squash")
+    image_size: Positive | None = Field(
+        None, description="side in pixels, of tasks to segment; null: the backbone's own, as images to classify have"
+    )
+
+    @field_validator("val")
+    @classmethod
+    def _number_or_share(cls, value):
+        if value is not None and value >= 1 and value != int(value):
+            raise ValueError("give a whole number of images, or a share below 1")
+        return value if value is None or value < 1 else int(value)
+
+
+class AnalysisSettings(Settings):
+    """Statistics, tables and figures."""
+
+    resamples: Positive = Field(2_000, description="bootstrap resamples")
+
+
+class VerifySettings(Settings):
+    """How far a fresh run may lie from the committed one; see the README."""
+
+    cell_points: float = Field(8.0, gt=0, description="largest difference of one cell's score, in points")
+    mean_points: float = Field(2.0, gt=0, description="largest difference of a mean over seeds and tasks, in points")
+    gain_points: float = Field(1.5, gt=0, description="largest difference of a mean gain, in points")
+
+
+class Checkpoint(NamedTuple):
+    """A fine-tuned model of a task, less the task: the label of its train degree, and its seed."""
+
+    train_degree: Annotated[str, BeforeValidator(str)]
+    seed: int
+
+    @property
+    def file(self) -> str:
+        """The name of its file."""
+        return f"train-{self.train_degree}_seed-{self.seed}.safetensors"
+
+
+class Study(Settings):
+    """One study: what is trained, and what is evaluated."""
+
+    study: str = Field(description="name of the study and of its folder under results/")
+    paper: PaperTable | None = Field(None, description="table in the paper's form, beside the published figures")
+    store: str | None = Field(
+        None,
+        description="folder of backbones and learned parts that studies share, in which a backbone's name has to mean"
+        " the same to all of them; null: the study's own",
+    )
+    backbones: tuple[Backbone, ...] = Field(min_length=1)
+    methods: Annotated[dict[str, Method], BeforeValidator(_expanded)] = Field(
+        min_length=1, description="name -> its parts; `like: NAME` copies a method above, less what the entry changes"
+    )
+    compare: tuple[tuple[str, str], ...] = Field(
+        (), description="pairs of methods [before, after] that are compared; the first pair is the headline"
+    )
+    tasks: tuple[NamedTask, ...] = Field(min_length=1, description="names, or entries with a source of your own")
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
+    train_degrees: tuple[Degree, ...] = Field(min_length=1)
+    infer_degrees: tuple[Degree, ...] = Field(min_length=1)
+    max_degree: Positive = Field(description="highest degree that parts are learned for and random degrees go to")
+    transfer: bool = Field(
+        False,
+        description="also carry the weight difference between the lowest and the highest train degree over to every"
+        " other task (tasks² evaluations for each seed)",
+    )
+    checkpoints_per_job: Positive = Field(
+        1, description="checkpoints that one fine-tuning or evaluation job handles; more saves start-up time"
+    )
+    data: DataSettings = DataSettings()
+    pretrain: PretrainSettings = PretrainSettings()
+    learn: LearnSettings = LearnSettings()
+    finetune: dict[str, Any] = Field({}, description="settings of fine-tuning; see `tocom settings finetune`")
+    evaluate: EvaluateSettings = EvaluateSettings()
+    throughput: ThroughputSettings = ThroughputSettings()
+    analysis: AnalysisSettings = AnalysisSettings()
+    verify: VerifySettings = VerifySettings()
+
+    @model_validator(mode="after")
+    def _makes_sense(self):
+        self._names_are_fit()
+        self._degrees_fit()
+        self._methods_fit()
+        self._overrides_are_valid()
+        self._tables_can_be_made()
+        return self
+
+    def _names_are_fit(self) -> None:
+        for name in [self.study, *(b.name for b in self.backbones), *self.task_names, *self.methods]:
+            if not NAME.fullmatch(name):
+                raise ValueError(f"{name!r} cannot name a folder: use letters, digits, '_' and '.'")
+        for what in ("backbones", "tasks", "seeds", "train_degrees", "infer_degrees", "compare"):
+            values = [getattr(item, "name", item) for item in getattr(self, what)]
+            if len(set(values)) < len(values):
+                raise ValueError(f"{what} lists something twice: {values}")
+        if PLAIN in self.methods:
+            raise ValueError(f"no method can be called {PLAIN!r}, which tables call a cell without a compensator")
+        if self.store is not None and not all(NAME.fullmatch(part) for part in self.store.strip("/").split("/")):
+            raise ValueError(f"store {self.store!r}: use letters, digits, '_' and '.' between slashes")
+
+    def _degrees_fit(self) -> None:
+        for name, method in self.methods.items():
+            fixed = [d for d in map(source_degree, self.train_degrees_of(name)) if d is not None]
+            highest = max((*fixed, *self.infer_degrees_of(name)))
+            if highest > self.max_degree:
+                raise ValueError(
+                    f"degree {highest} is out of range: max_degree is {self.max_degree}; raise it or drop {highest}"
+                )
+            for backbone in self.backbones:
+                limit = method.compressor.part.highest(method.compressor.options, backbone.patches)
+                if self.max_degree > limit:
+                    raise ValueError(
+                        f"max_degree {self.max_degree} is out of range: {method.compressor.name} goes up to {limit}"
+                        f" with {backbone.name}, which has {backbone.patches} patches"
+                    )
+        sizes = {backbone.image_size for backbone in self.backbones}
+        if len(sizes) > 1:
+            raise ValueError(f"backbones take images of different sizes {sorted(sizes)}; give each size its own study")
+
+    def _methods_fit(self) -> None:
+        for pair in self.compare:
+            for name in pair:
+                if name not in self.methods:
+                    raise ValueError(f"compare names {name!r}{suggest(name, self.methods)}, which is no method")
+            if pair[0] == pair[1]:
+                raise ValueError(f"compare sets {pair[0]!r} against itself")
+        kinds = {task.name: kind_of_task(task.name, task) for task in self.tasks}
+        if len(set(kinds.values())) > 1:
+            raise ValueError(f"tasks are of different kinds ({kinds}); give each kind its own study")
+        for name, method in self.methods.items():
+            if self.task_kind == "segment" and not method.compressor.part.restores:
+                raise ValueError(
+                    f"method {name!r}: {method.compressor.name} takes patches away that segmentation needs"
+                )
+            self.learn_for(name)
+            if method.compensator is not None and self.plain_of(name) is None:
+                raise ValueError(
+                    f"method {name!r} has a compensator; list the same method without one, which it starts from"
+                )
+            if not method.tuning.part.trains_anything and (
+                len(self.seeds) > 1 or len(self.train_degrees_of(name)) > 1 or method.tuning.options.degree != "fixed"
+            ):
+                raise ValueError("models that are used as they are were trained at one degree: give it, and one seed")
+
+    def _overrides_are_valid(self) -> None:
+        untuned = [name for name, method in self.methods.items() if not method.tuning.part.trains_anything]
+        for task in self.tasks:
+            self.finetune_for(task.name)
+            val = self.data_for(task.name).val
+            if task.name in TASKS and task.kind is None and val is not None and val < 1:
+                raise ValueError(f"task {task.name!r} is drawn anew, so data.val must be a number of images, not {val}")
+            if task.fine_tuned is not None and not untuned:
+                raise ValueError(f"task {task.name!r}: fine_tuned goes with a method that has tuning: none")
+
+    def _tables_can_be_made(self) -> None:
+        if self.transfer and (self.task_kind == "segment" or len(self.train_degrees) < 2):
+            raise ValueError("transfer needs tasks to classify, and two train degrees")
+        if self.paper == "transfer" and not self.transfer:
+            raise ValueError("paper: transfer needs transfer: true")
+        if self.paper == "speedup" and not self.throughput.training:
+            raise ValueError("paper: speedup needs throughput: {training: true}")
+
+    def as_json(self) -> str:
+        """Return the config, less what has its default, as JSON; :func:`read_study` reads it back."""
+        return self.model_dump_json(exclude_defaults=True)
+
+    # --- the grid -------------------------------------------------------------------------------------------
+
+    @property
+    def task_names(self) -> tuple[str, ...]:
+        """Names of the tasks, in the order of the config."""
+        return tuple(task.name for task in self.tasks)
+
+    @property
+    def task_kind(self) -> str:
+        """What its tasks are: "classify" or "segment"."""
+        return kind_of_task(self.tasks[0].name, self.tasks[0])
+
+    @property
+    def metric(self) -> str:
+        """What is measured on its tasks: "accuracy" or "mIoU"."""
+        return METRICS[self.task_kind]
+
+    @property
+    def groups(self) -> dict[str, str]:
+        """Task -> group that tables average over."""
+        return groups_of(self.task_names, {task.name: task.group for task in self.tasks if task.kind})
+
+    def train_degrees_of(self, method: str) -> tuple[str, ...]:
+        """Return the labels of a method's train degrees; of one that trains at no one degree, a word."""
+        tuning, degrees = self.methods[method].tuning, self.methods[method].train_degrees or self.train_degrees
+        return tuning.part.labels(tuning.options, degrees)
+
+    def infer_degrees_of(self, method: str) -> tuple[int, ...]:
+        """Return a method's inference degrees."""
+        return self.methods[method].infer_degrees or self.infer_degrees
+
+    def tuned_as(self, method: str) -> str:
+        """Return the first method with the same compressor, tuning and train degrees: they share checkpoints."""
+        return next(name for name in self.methods if self._tuned(name) == self._tuned(method))
+
+    def _tuned(self, name: str) -> tuple:
+        method = self.methods[name]
+        return method.compressor.described(), method.tuning.described(), self.train_degrees_of(name)
+
+    def plain_of(self, method: str) -> str | None:
+        """Return the method without a compensator that shares a method's checkpoints."""
+        alike = (name for name in self.sharing(self.tuned_as(method)) if self.methods[name].compensator is None)
+        return next(alike, None)
+
+    def sharing(self, tuned: str) -> tuple[str, ...]:
+        """Return the methods that share the checkpoints of ``tuned``."""
+        return tuple(name for name in self.methods if self.tuned_as(name) == tuned)
+
+    @property
+    def tuned(self) -> tuple[str, ...]:
+        """The methods under whose names checkpoints are kept."""
+        return tuple(dict.fromkeys(map(self.tuned_as, self.methods)))
+
+    def batches(self, tuned: str) -> dict[str, tuple[Checkpoint, ...]]:
+        """Return the checkpoints of one task as they are shared out to jobs, by the batch's name."""
+        every = tuple(Checkpoint(*point) for point in product(self.train_degrees_of(tuned), self.seeds))
+        size = self.checkpoints_per_job
+        parts = [every[start : start + size] for start in range(0, len(every), size)]
+        return {f"batch-{number}": part for number, part in enumerate(parts)}
+
+    def gap_degrees(self, tuned: str) -> tuple[str, str] | None:
+        """Return the lowest and the highest train degree, if their gap is to be carried between tasks."""
+        fixed = sorted((label for label in self.train_degrees_of(tuned) if source_degree(label) is not None), key=int)
+        return (fixed[0], fixed[-1]) if self.transfer and len(fixed) > 1 else None
+
+    # --- settings of one task or method -----------------------------------------------------------------------
+
+    def data_for(self, task: str) -> DataSettings:
+        """Return the data section with a task's changes."""
+        return _changed(self.data, self.task(task).data, f"task {task!r}: data")
+
+    def finetune_for(self, task: str) -> FinetuneSettings | SegmentSettings:
+        """Return the finetune section with a task's changes."""
+        section = _changed(FINETUNE[self.task_kind](), self.finetune, "finetune")
+        return _changed(section, self.task(task).finetune, f"task {task!r}: finetune")
+
+    def learn_for(self, method: str) -> LearnSettings:
+        """Return the learn section with a method's changes."""
+        changed = _changed(self.learn, self.methods[method].learn, f"method {method!r}: learn")
+        _check_images(changed.source, f"method {method!r}: learn.source")
+        return changed
+
+    def image_size_for(self, task: str) -> int:
+        """Return the side in pixels of a task's images."""
+        return self.data_for(task).image_size or self.backbones[0].image_size
+
+    def task(self, name: str) -> TaskEntry:
+        """Return the task called ``name``."""
+        return next(task for task in self.tasks if task.name == name)
+
+    def backbone(self, name: str) -> Backbone:
+        """Return the backbone called ``name``."""
+        return next(backbone for backbone in self.backbones if backbone.name == name)
+
+    # --- files ------------------------------------------------------------------------------------------------
+
+    @property
+    def root(self) -> Path:
+        """The study's folder."""
+        return Path("results") / self.study
+
+    @property
+    def store_folder(self) -> Path:
+        """Where its backbones and learned parts are kept."""
+        return Path(self.store) if self.store else self.root
+
+    def learned_name(self, backbone: str, method: str, role: str) -> str | None:
+        """Return what the file of a method's learned part is called, or None if it learns none.
+
+        The name holds a hash of everything that the part depends on but the backbone: studies that share a store
+        share what they learn in the same way, and nothing else.
+        """
+        spec = getattr(self.methods[method], role)
+        if spec is None or not spec.part.learns(spec.options):
+            return None
+        chosen = self.methods[method]
+        recipe = self.learn_for(method)
+        settings = {
+            "compressor": chosen.compressor.described(),
+            "part": spec.described(),
+            "max_degree": self.max_degree,
+            "recipe": recipe.recipe() | {"source": recipe.source or self.backbone(backbone).images},
+        }
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+        return f"{spec.name}-{digest[:10]}"
+
+    def learned_file(self, backbone: str, method: str, role: str = "compensator") -> Path | None:
+        """Return the file of a method's learned part, or None if it learns none."""
+        name = self.learned_name(backbone, method, role)
+        return None if name is None else self.store_folder / "learned" / backbone / f"{name}.safetensors"
+
+
+def _changed(settings: Settings, changes: dict[str, Any], where: str):
+    """Return settings with some changes, checked.
+
+    Raises:
+        ValueError: an unknown key or a value out of range, in one line.
+    """
+    try:
+        return type(settings).model_validate(settings.model_dump() | changes)
+    except ValidationError as error:
+        raise ValueError(str(explain(error, where, {"": type(settings)}))) from None
+
+
+def _sections() -> dict[str, type]:
+    """Return the model behind every dotted place of a config, for suggestions."""
+    places: dict[str, type] = {"": Study}
+    for name, field in Study.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Settings):
+            places[name] = field.annotation
+    for index in range(64):
+        places[f"backbones.{index}"], places[f"tasks.{index}"] = Backbone, TaskEntry
+    return places
+
+
+def parse_study(config: Mapping[str, Any], where: str = "config") -> Study:
+    """Validate a config.
+
+    Raises:
+        TocomError: an unknown key, a missing key or a value out of range, in one line.
+    """
+    methods = config.get("methods")
+    places = _sections() | {f"methods.{name}": Method for name in (methods if isinstance(methods, Mapping) else ())}
+    try:
+        return Study.model_validate(config)
+    except ValidationError as error:
+        raise explain(error, where, places) from None
+
+
+def read_study(path: str | os.PathLike) -> Study:
+    """Read and validate a YAML config, or the study.json of a study's folder; see :func:`parse_study`."""
+    return parse_study(read_config(path), str(path))
+
+
+def read_config(path: str | os.PathLike) -> dict[str, Any]:
+    """Read the mapping in a YAML file.
+
+    Raises:
+        TocomError: it is missing, no YAML or no mapping.
+    """
+    try:
+        config = read_yaml(path)
+    except FileNotFoundError:
+        raise TocomError(f"no such config: {path}; see config/ for those that ship") from None
+    except OSError as error:
+        raise TocomError(f"cannot read {path}: {error.strerror}; give a YAML file") from None
+    if not isinstance(config, dict):
+        raise TocomError(f"{path} is empty or not a mapping; start from config/demo.yaml")
+    return config
+
+
+def read_mapping(text: str) -> dict[str, Any]:
+    """Return the mapping that a text is, as JSON, or the one in the YAML file that it names.
+
+    Raises:
+        TocomError: it is neither.
+    """
+    if not text.lstrip().startswith("{"):
+        return read_config(text)
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise TocomError(f"{text!r} is no JSON ({error}); give JSON or a YAML file") from None

@@ -1,0 +1,36 @@
+"""Learn the parts of methods that are learned, once for each backbone."""
+
+
+rule learn:
+    input:
+        PLAN.learning_data,
+        backbone=PLAN.backbone_file,
+        learned=PLAN.learned_before,
+    output:
+        LEARNED,
+        curve=LEARNED.replace(".safetensors", ".csv"),
+    log:
+        "{store}/logs/learn/{backbone}/{part}.log",
+    benchmark:
+        "{store}/benchmarks/learn/{backbone}/{part}.tsv"
+    # The longest job of a small study: start it first.
+    priority: 10
+    conda:
+        "../envs/tocom.yaml"
+    threads: lambda wildcards: PLAN.learn(wildcards).settings.threads
+    resources:
+        mem_mb=growing(2000),
+        runtime=growing(60),
+        gpu=gpus(PLAN.learn, lambda job: job.settings),
+        # How the work is done changes no result; profiles say it (set-resources, set-threads).
+        workers=0,
+        processes=1,
+        nodes=1,
+        # Slurm's plugin would ask for the threads for each GPU.
+        cpus_per_task=lambda wildcards, threads: threads,
+    params:
+        job=lambda wildcards: PLAN.learn(wildcards).as_json(),
+        learned=lambda wildcards, input: [f"--learned {path}" for path in input.learned],
+    shell:
+        "tocom learn {params.job:q} --backbone {input.backbone:q} {params.learned} --workers {resources.workers} --processes {resources.processes} --nodes {resources.nodes}"
+        " --output {output[0]} > {log} 2>&1"
