@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Record what a person sees of a command in a terminal, as text, in docs/console.md: `make console`.
 
-    python scripts/console.py                       # make reproduce
-    python scripts/console.py PAGE COMMAND [WORD...]
+python scripts/console.py                       # make reproduce
+python scripts/console.py PAGE COMMAND [WORD...]
 """
 
 import re
@@ -21,7 +21,7 @@ UP, TOLD, BAR = re.compile(r"\x1b\[1A\x1b\[2K"), re.compile(r"\x1b\[[0-9;?]*[A-Z
 def seen(raw: str, height: int = HEIGHT) -> list[str]:
     """Return the lines that a terminal shows in the end of what was sent to it, with the bar as it was half-way.
 
-    Lines in the middle that are more than ``height`` give way to a line that says so.
+    Lines below the first two thirds that are more than ``height`` give way to a line that says so.
     """
     lines, bars = [], []
     for line in raw.replace("\r\n", "\n").split("\n"):
@@ -33,14 +33,12 @@ def seen(raw: str, height: int = HEIGHT) -> list[str]:
         bars.append(painted[-1] if painted else "")
     while lines and not lines[-1]:
         lines.pop()
-    middle = len(lines) // 2
-    half = next((bar for bar in bars[middle:] + bars[:middle][::-1] if bar), None)
-    now = [] if half is None else ["", half, ""]
-    more = len(lines) + len(now) + 1 - height
-    if more <= 0:
-        return lines[:middle] + now + lines[middle:] if now else lines
-    first = (height - len(now) - 1) // 3
-    return [*lines[:first], *now, f"[... {more} more lines ...]", "", *lines[first + more + 1 :]]
+    painted = [number for number, bar in enumerate(bars[: len(lines)]) if bar]
+    if painted:
+        half = painted[len(painted) // 2]
+        lines[half:half] = ["", bars[half], ""]
+    more, first = len(lines) + 1 - height, 2 * height // 3
+    return lines if more <= 1 else [*lines[:first], f"[... {more} more lines ...]", *lines[first + more :]]
 
 
 def record(command: list[str]) -> str:
@@ -48,7 +46,7 @@ def record(command: list[str]) -> str:
     with tempfile.NamedTemporaryFile() as file:
         sized = f"stty cols {WIDTH} rows 40; {shlex.join(command)}"
         subprocess.run(["script", "--quiet", "--return", "--flush", "--command", sized, file.name], check=True)
-        text = Path(file.name).read_text(encoding="utf-8", errors="replace")
+        text = Path(file.name).read_bytes().decode(errors="replace")  # read_text would make newlines of repaints
     return text.partition("\n")[2].rpartition("\nScript done")[0]
 
 

@@ -63,10 +63,11 @@ run slurm --workflow-profile profiles/slurm --default-resources slurm_partition=
   --set-threads finetune=2 --set-resources finetune:workers=1 "throughput:slurm_extra='--exclusive'" \
   'evaluate:mem_mb=(1500 if wildcards.study == "tiny" else 3000) * attempt'
 
-submitted=$(grep -c 'has been submitted with SLURM jobid' "$folder/slurm.log") || fail "nothing was submitted to Slurm"
+submitted=$(cat "$folder"/slurm/.snakemake/log/*.log | grep -c 'has been submitted with SLURM jobid') || fail "nothing was submitted to Slurm"
 # The CSVs beside models hold seconds.
 for part in learned checkpoints cells.csv; do
-  diff -r --exclude='*.csv' "$folder/local/$results/$part" "$folder/slurm/$results/$part" >&2 || fail "$part of the two runs differ"
+  diff -r --exclude='*.csv' "$folder/local/$results/$part" "$folder/slurm/$results/$part" >&2 ||
+    fail "$part of the two runs differ, as shown above"
 done
 cells=$(($(wc -l < "$folder/slurm/$results/cells.csv") - 1))
 echo "$submitted jobs went through Slurm; the models and the cells are identical ($cells of them)"

@@ -2,7 +2,7 @@
 
 Snakemake sends records of what happens to handlers; :class:`Console` takes the place of the one that fills the screen.
 It is no logger plugin, because Snakemake finds none in an editable installation, and one that it cannot find stops
-every run whose profile names it. Snakemake's own log, which holds every command, stays as it is.
+every run whose profile names it. Snakemake's own log stays as it is.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ class Job(NamedTuple):
     since: float
 
     def __str__(self) -> str:
+        """Return what it is called in lines."""
         return f"{self.rule} {self.title}".rstrip()
 
 
@@ -108,8 +109,11 @@ def seconds_left(
     if not any(values and 2 * jobs.get(rule, 0) >= max(jobs.values()) for rule, values in finished.items()):
         return None
     need = {rule: fmean(finished.get(rule) or every) for rule in jobs}
-    work = sum(need[rule] * (count - len(finished.get(rule, ()))) for rule, count in jobs.items())
-    work -= sum(min(need.get(rule, 0.0), seconds) for rule, seconds in running)
+    waiting = Counter(jobs)
+    waiting.subtract([rule for rule, values in finished.items() for _ in values] + [rule for rule, _ in running])
+    work = sum(need[rule] * count for rule, count in waiting.items() if count > 0)
+    # One that takes longer than expected is not about to end: a tenth of its time so far is still to come.
+    work += sum(max(need.get(rule, 0.0) - seconds, seconds / 10) for rule, seconds in running)
     return work / ((sum(every) + sum(seconds for _, seconds in running)) / max(past, 1e-9))
 
 
@@ -128,7 +132,9 @@ def places(studies: Mapping[str, Path], configs: Sequence[str] = ()) -> list[str
     return [*lines, f"All of it as one page: {command}"] if lines else []
 
 
-def account(failed: Sequence[tuple[Job, str]], done: int, total: int, stopped: bool, errors: Sequence[str]) -> list[str]:
+def account(
+    failed: Sequence[tuple[Job, str]], done: int, total: int, stopped: bool, errors: Sequence[str]
+) -> list[str]:
     """Return the last lines of a run that did not reach its end: each failed job, its reason and log, how to go on."""
     lines = [f"{'Stopped' if stopped else 'Not finished'}: {done} of {total} jobs are done, {len(failed)} failed."]
     for job, reason in failed:
@@ -147,7 +153,8 @@ class Console(logging.Handler):
         """Take over from Snakemake's ``own`` handler; None shows nothing, because the user chose another logger."""
         super().__init__()
         stream = sys.stdout if settings.stdout else sys.stderr
-        self.terminal = terminal or Terminal(file=stream, no_color=settings.nocolor or None, highlight=False)
+        plain = {"no_color": settings.nocolor or None, "highlight": False}
+        self.terminal = terminal or Terminal(file=stream, force_terminal=stream.isatty(), **plain)
         self.own, self.settings = own, settings
         other = settings.dryrun or settings.quiet or settings.verbose or settings.debug_dag
         self.speaks, self.started = own is not None and not other, False
@@ -167,7 +174,7 @@ class Console(logging.Handler):
         """Put a console in the place of Snakemake's handler, in the process that runs the study."""
         logger = logging.getLogger("snakemake.logging")
         own = next((it for it in logger.handlers if it.name == "DefaultStreamHandler"), None)
-        console = cls(own, workflow.output_settings)
+        console = cls(own if workflow.is_main_process else None, workflow.output_settings)
         console.configs = [os.path.relpath(path) for path in workflow.config_settings.configfiles or ()]
         if workflow.is_main_process:
             if own is not None:
@@ -214,7 +221,9 @@ class Console(logging.Handler):
     def _run_info(self, record: Any) -> None:
         self.jobs = Counter({rule: n for rule, n in record.stats.items() if rule not in ("total", "all")})
         self.total, self.began = self.jobs.total(), time.monotonic()
-        self._tell(f"To do ({self.total}): " + ", ".join(rule if n == 1 else f"{n} {rule}" for rule, n in self.jobs.items()))
+        self._tell(
+            f"To do ({self.total}): " + ", ".join(rule if n == 1 else f"{n} {rule}" for rule, n in self.jobs.items())
+        )
         if self.speaks and self.terminal.is_terminal:
             self.live.start()
 

@@ -29,8 +29,8 @@ from tocom.settings import PLAIN
 CLEAN = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Producer": None, "Creator": None}}
 #: How many panels stand side by side, and the size of one (inches).
 _COLUMNS, _WIDTH, _HEIGHT = 3, 3.9, 3.3
-#: Up to so many tasks, a panel names them; how long a line of a title may be.
-_FEW, _TITLE = 3, 40
+#: Up to so many tasks, a panel names them, if that takes no more than so many lines; letters in an inch of a title.
+_FEW, _LINES, _LETTERS = 3, 2, 12
 #: Of methods without a fixed train degree; of the edge of a star, which is a model at the degree it was trained at.
 _NO_DEGREE, _EDGE = "0.35", "black"
 _STAR = {"marker": "*", "markersize": 9.5, "markeredgecolor": _EDGE, "markeredgewidth": 0.8, "linestyle": "none"}
@@ -63,12 +63,13 @@ def _grid(n_panels: int, width: float, height: float, n_columns: int = _COLUMNS)
     return figure, list(axes.flat[:n_panels])
 
 
-def _title(scope: Scope) -> str:
-    """Return the title of a group's panel, which names its tasks where they are few."""
+def _title(scope: Scope, width: float = _WIDTH) -> str:
+    """Return the title of a group's panel, so many inches wide, which names its tasks where they are few."""
     if len(scope.tasks) == 1:
         return scope.tasks[0]
-    few = len(scope.tasks) <= _FEW and scope.name != ALL
-    return textwrap.fill(f"{scope.name}: {', '.join(scope.tasks)}" if few else scope.name, _TITLE)
+    lines = textwrap.wrap(f"{scope.name}: {', '.join(scope.tasks)}", int(_LETTERS * width))
+    few = scope.name != ALL and len(scope.tasks) <= _FEW and len(lines) <= _LINES
+    return "\n".join(lines) if few else scope.name
 
 
 def _colours(run: Run) -> dict[str, tuple]:
@@ -193,7 +194,7 @@ def _point_out_gain(axis, run: Run, backbone: str, row: tuple[Sequence[str], Sco
     leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "relpos": (0, 1), "shrinkA": 2, "shrinkB": 2}
     text = f"{run.title(pair[1])}\n{_in_points(found)}"
     style = {"va": "bottom", "fontsize": 10, "fontweight": "bold", "color": colour}
-    axis.annotate(text, (x, before), (0.08, 0.03), textcoords="axes fraction", arrowprops=leader, **style)
+    axis.annotate(text, (x, min(before, after)), (0.08, 0.03), textcoords="axes fraction", arrowprops=leader, **style)
 
 
 def _in_points(found: Pair) -> str:
@@ -239,7 +240,7 @@ def _map(axis, numbers: pd.DataFrame, texts: pd.DataFrame, largest: float, pale:
 def _colour_bar(figure: Figure, axes: list, label: str, largest: float) -> None:
     shrink = min(1.0, 4 / figure.get_figheight())
     scale = plt.cm.ScalarMappable(Normalize(-largest, largest), _CMAP)
-    label = textwrap.fill(label, int(11 * min(4, figure.get_figheight())))
+    label = textwrap.fill(label, int(9 * min(4, figure.get_figheight())))
     bar = figure.colorbar(scale, ax=axes, label=label, fraction=0.05, pad=0.02, aspect=25, shrink=shrink)
     bar.outline.set_visible(False)
 
@@ -266,7 +267,7 @@ def gain_heatmap(run: Run, backbone: str) -> Figure:
                 star = "" if pair.test is None else stars(pair.test.p_images_holm)
                 numbers.loc[key], texts.loc[key], pale.loc[key] = pair.gain, signed(pair.gain) + star, not star
         _map(axis, numbers, texts, largest, pale)
-        axis.set(title=_title(scope), xlabel="inference degree", ylabel="train degree")
+        axis.set(title=_title(scope, size[0]), xlabel="inference degree", ylabel="train degree")
     _colour_bar(figure, axes, f"gain in points of {run.title(after)} over {run.title(before)}", largest)
     return figure
 
@@ -281,15 +282,19 @@ def gap_transfer(run: Run, backbone: str) -> Figure:
     }
     means = {method: mean.reindex(index=tasks, columns=tasks).astype(float) for method, mean in means.items()}
     largest = np.nanmax([0.1, *(np.abs(mean.to_numpy()).max(initial=0) for mean in means.values())])
-    figure, axes = _grid(len(methods), 0.9 * len(tasks) + 1.6, 0.6 * len(tasks) + 1.3)
+    longest = max(map(len, tasks))
+    slanted = longest > _LETTERS - 2
+    size = 0.9 * len(tasks) + 1.0 + 0.075 * longest, 0.6 * len(tasks) + 1.3 + slanted * 0.05 * longest
+    figure, axes = _grid(len(methods), *size)
     for axis, method in zip(axes, methods, strict=True):
         degrees = train_degrees(run.study, method)
         texts = means[method].map(lambda value: "" if np.isnan(value) else signed(value))
         _map(axis, means[method], texts, largest)
         title = f"Gap {degrees[0]} → {degrees[-1]} of one task, added to another\n({run.title(method)})"
         axis.set(title=title, xlabel="task that is evaluated", ylabel="task whose gap is added")
-        axis.tick_params(axis="x", rotation=45 if max(map(len, tasks)) > 10 else 0)
-    _colour_bar(figure, axes, "change in points over adding no gap", largest)
+        if slanted:
+            plt.setp(axis.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
+    _colour_bar(figure, axes, "change in points", largest)
     return figure
 
 
