@@ -171,6 +171,21 @@ def test_a_job_that_is_tried_again_and_succeeds_is_no_failure():
     assert console.done == console.total == 1
 
 
+def test_a_run_ends_with_the_places_only_if_it_made_the_whole_study(tmp_path):
+    (tmp_path / "tables").mkdir()
+    (tmp_path / "tables" / "main.md").write_text("")
+    for targets in ((), ("results/a.csv",)):
+        console, _, printed = screen()
+        console.studies = {"tiny": tmp_path}
+        console.workflow = SimpleNamespace(dag_settings=SimpleNamespace(targets=targets, until=(), omit_from=()))
+        started(console, tables=1)
+        begin(console, 1, "tables", study="tiny")
+        send(console, LogEvent.JOB_FINISHED, job_id=1)
+        console.succeed()
+        assert "Done: 1 of 1 jobs in 0 s." in printed()
+        assert (f"tiny: main table: {tmp_path}/tables/main.md\n" in printed()) == (not targets)
+
+
 def test_ctrl_c_says_how_to_go_on_and_blames_no_job(tmp_path):
     console, _, printed = screen()
     started(console, learn=1)

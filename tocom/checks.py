@@ -35,8 +35,8 @@ def _other_reference(study: Study) -> Iterator[str]:
     path = study.root / "reference" / "study.json"
     if path.is_file() and read_study(path) != study:
         yield (
-            f"{study.root} holds the reference run of another config of this name; give yours a `study:` name of its own"
-            f" (or remove {path.parent}, if it is this config that has changed)"
+            f"{study.root} holds the reference run of another config of this name; give yours a name of its own"
+            f" (`study:`), or remove {path.parent} if it is this config that has changed"
         )
 
 

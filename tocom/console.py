@@ -158,6 +158,7 @@ class Console(logging.Handler):
         self.own, self.settings = own, settings
         other = settings.dryrun or settings.quiet or settings.verbose or settings.debug_dag
         self.speaks, self.started = own is not None and not other, False
+        self.workflow: Any = None
         self.studies: dict[str, Path] = {}
         self.configs: list[str] = []
         self.jobs: Counter[str] = Counter()  # those that failed are taken out
@@ -175,6 +176,7 @@ class Console(logging.Handler):
         logger = logging.getLogger("snakemake.logging")
         own = next((it for it in logger.handlers if it.name == "DefaultStreamHandler"), None)
         console = cls(own if workflow.is_main_process else None, workflow.output_settings)
+        console.workflow = workflow
         console.configs = [os.path.relpath(path) for path in workflow.config_settings.configfiles or ()]
         if workflow.is_main_process:
             if own is not None:
@@ -211,7 +213,7 @@ class Console(logging.Handler):
     def _message(self, level: int, text: str) -> None:
         self.stopped |= text.startswith(STOPPING)
         if text.startswith("Nothing to be done"):
-            self._tell("Nothing to be done: all is there and up to date.", *places(self.studies, self.configs))
+            self._tell("Nothing to be done: all is there and up to date.", *self._places())
         elif text.startswith(STOPPING):
             self._tell("Stopping ...")
         elif level >= logging.WARNING and not any(words in text for words in REPEATED):
@@ -292,7 +294,13 @@ class Console(logging.Handler):
         """Say where the results are; called when all jobs are done."""
         self.live.stop()
         self._tell(f"Done: {self.done} of {self.total} jobs in {span(time.monotonic() - self.began)}.")
-        self._tell(*places(self.studies, self.configs))
+        self._tell(*self._places())
+
+    def _places(self) -> list[str]:
+        # After the whole study alone: committed results must not pass for those of a run that made others.
+        asked = getattr(self.workflow, "dag_settings", None)
+        part = asked is None or asked.targets or asked.until or asked.omit_from
+        return [] if part else places(self.studies, self.configs)
 
     def fail(self) -> None:
         """Say which jobs failed, why, and how to go on; called when the run ends early, whoever speaks."""

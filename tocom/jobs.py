@@ -444,10 +444,13 @@ class Plan:
         ]
 
     def measured_with(self, study: Study, tuned: str) -> list[str]:
-        """Return ``tuned`` and all methods with a compensator that have its compressor: they are timed side by side."""
-        wanted = study.methods[tuned].compressor
-        alike = [name for name, method in study.methods.items() if method.compressor == wanted]
-        return [tuned, *(name for name in alike if study.methods[name].compensator is not None)]
+        """Return the methods that are timed side by side: ``tuned``, and one with each kind of compensator that has its
+        compressor; a variant of a compensator costs the same once it is folded in."""
+        wanted, kinds = study.methods[tuned].compressor, {}
+        for name, method in study.methods.items():
+            if method.compressor == wanted and method.compensator is not None:
+                kinds.setdefault(method.compensator.kind, name)
+        return [tuned, *kinds.values()]
 
     def per_model(self, study: Study, pattern: str, of: str = "checkpoints") -> list[str]:
         """Return a pattern filled in for everything of a study that it stands for.

@@ -334,6 +334,7 @@ class Study(Settings):
     """One study: what is trained, and what is evaluated."""
 
     study: str = Field(description="name of the study and of its folder under results/")
+    extends: str | None = Field(None, exclude=True, description="config whose sections this one changes key by key")
     paper: PaperTable | None = Field(None, description="table in the paper's form, beside the published figures")
     store: str | None = Field(
         None,
@@ -618,6 +619,7 @@ def parse_study(config: Mapping[str, Any], where: str = "config") -> Study:
     Raises:
         TocomError: an unknown key, a missing key or a value out of range, in one line.
     """
+    config = extended(config)
     methods = config.get("methods")
     places = _sections() | {f"methods.{name}": Method for name in (methods if isinstance(methods, Mapping) else ())}
     try:
@@ -645,7 +647,20 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
         raise TocomError(f"cannot read {path}: {error.strerror}; give a YAML file") from None
     if not isinstance(config, dict):
         raise TocomError(f"{path} is empty or not a mapping; start from config/demo.yaml")
-    return config
+    return extended(config)
+
+
+def extended(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config with what the one that it ``extends`` says where it says nothing itself.
+
+    Sections are merged key by key, methods are added to those above; anything else takes the place of what it was.
+    """
+    if "extends" not in config:
+        return dict(config)
+    base = read_config(config["extends"])  # like all paths of a config, from where the study is run
+    own = {key: value for key, value in config.items() if key != "extends"}
+    both = [key for key, value in own.items() if isinstance(value, Mapping) and isinstance(base.get(key), Mapping)]
+    return base | own | {key: {**base[key], **own[key]} for key in both}
 
 
 def read_mapping(text: str) -> dict[str, Any]:
