@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import tocom
+from tocom.parts import Shape
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("docs/*.md")])
@@ -43,7 +44,8 @@ def test_the_five_lines_on_a_timm_model_run_as_they_stand(tmp_path, monkeypatch)
     small = {"embed_dim": 24, "num_heads": 2, "depth": 2}
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained: real(name, **small))  # nothing is downloaded
     monkeypatch.chdir(tmp_path)
-    tocom.Compensator(depth=2, dim=24, steps=16).save("tocom_deit_b.safetensors")
+    part = tocom.make_part("compensator", "tocom", Shape(2, 24, 2, 197, 1), max_degree=16)
+    tocom.save_part("tocom_deit_b.safetensors", part)
     scope = {"images": torch.zeros(1, 3, 224, 224)}
     exec(code, scope)
     assert scope["logits"].shape == (1, 1000)

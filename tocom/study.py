@@ -333,6 +333,9 @@ class Checkpoint(NamedTuple):
 class Study(Settings):
     """One study: what is trained, and what is evaluated."""
 
+    # The schema is for editors: what a config extends may hold all else that is needed.
+    model_config = ConfigDict(json_schema_extra={"required": ["study"]})
+
     study: str = Field(description="name of the study and of its folder under results/")
     extends: str | None = Field(None, exclude=True, description="config whose sections this one changes key by key")
     paper: PaperTable | None = Field(None, description="table in the paper's form, beside the published figures")
