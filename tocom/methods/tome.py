@@ -39,8 +39,11 @@ def match(metric: Tensor, count: int, prefix: int) -> Matching:
     metric = F.normalize(widen(metric), dim=-1)
     with _without_autocast(metric.device.type):
         similarity = metric[:, ::2] @ metric[:, 1::2].transpose(-1, -2)
-    similarity[:, : (prefix + 1) // 2] = -torch.inf
-    similarity[:, :, : prefix // 2] = -torch.inf
+    in_a, in_b = (prefix + 1) // 2, prefix // 2
+    if in_a:  # exporters mind writing to nothing
+        similarity[:, :in_a] = -torch.inf
+    if in_b:
+        similarity[:, :, :in_b] = -torch.inf
     best, partner = similarity.max(dim=-1)
     order = descending(best)
     merging, staying = order[:, :count], order[:, count:]

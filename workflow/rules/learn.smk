@@ -7,7 +7,7 @@ rule learn:
         backbone=PLAN.backbone_file,
         learned=PLAN.learned_before,
     output:
-        LEARNED,
+        part=LEARNED,
         curve=LEARNED.replace(".safetensors", ".csv"),
     log:
         "{store}/logs/learn/{backbone}/{part}.log",
@@ -33,4 +33,4 @@ rule learn:
         learned=lambda wildcards, input: [f"--learned {path}" for path in input.learned],
     shell:
         "tocom learn {params.job:q} --backbone {input.backbone:q} {params.learned} --workers {resources.workers} --processes {resources.processes} --nodes {resources.nodes}"
-        " --output {output[0]} > {log} 2>&1"
+        " --output {output.part} > {log} 2>&1"
