@@ -19,7 +19,7 @@ from tocom.methods import PARTS
 
 COMMANDS = ["prepare", "backbone", "pretrain", "learn", "finetune", "evaluate", "transfer", "throughput", "benchmark",
             "import", "info", "models", "methods", "tasks", "settings", "check", "schema", "study", "plan", "data",
-            "analyse"]  # fmt: skip
+            "analyse", "init"]  # fmt: skip
 TUNE = json.dumps({"settings": QUICK, "max_degree": 4})
 
 
@@ -198,3 +198,11 @@ def test_configs_are_checked_and_written_as_a_study(tmp_path):
 def test_a_checkpoint_says_how_it_was_tuned(backbone, digits, tmp_path):
     path, _ = tune(backbone, digits, tmp_path / "x", "2", tuning="head")
     assert "head" in works("info", path)
+
+
+@pytest.mark.parametrize(("after", "warns"), [(0.0091, True), (0.0059, True), (0.0012, False)])
+def test_learning_that_ends_no_better_than_without_is_said_loudly(monkeypatch, after, warns):
+    about = {"held_out_kl_without": 0.0059, "held_out_kl": after, "best_epoch": 1}
+    monkeypatch.setattr("tocom.stages.learn.learn", lambda *_: about)
+    _, _, said = tocom("learn", '{"max_degree": 4}', "--backbone", "glyph_vit", "--output", "unused")
+    assert ("WARNING: it is no better than without" in said) == warns

@@ -1,7 +1,7 @@
 """Schedules: how many tokens every block removes, and how many are left."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tocom.degrees import Inflected, counts, limit, token_counts
@@ -81,3 +81,16 @@ def test_tokens_only_decrease_and_at_least_half_of_the_unprotected_survive_a_blo
         assert before - after <= degree
         assert 2 * (after - n_protected) >= before - n_protected or before == after
         before = after
+
+
+def parse_r(num_layers, r, inflect):
+    """The published rule (ToMe's public code), written down once more."""
+    smallest = int(r * (1.0 - inflect))
+    step = (2 * r - smallest - smallest) / (num_layers - 1)
+    return tuple(int(smallest + step * i) for i in range(num_layers))
+
+
+@given(st.integers(0, 40), st.integers(-10, 10), st.integers(2, 32))
+@settings(max_examples=400, deadline=None)
+def test_inflected_schedules_round_as_the_public_code_does(r, tenths, depth):
+    assert counts(Inflected(r, tenths / 10), depth) == parse_r(depth, r, tenths / 10)

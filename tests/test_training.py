@@ -1,8 +1,12 @@
 """The training loop: micro-batches, several processes, states in mid-run, averages, precision."""
 
+import contextlib
+import math
 import multiprocessing
 import os
 import socket
+import sys
+import types
 
 import pytest
 import torch
@@ -357,3 +361,49 @@ def test_two_processes_pre_train_as_one_does(tmp_path):
     one, two = (load_tensors(tmp_path / name)[1] for name in "12")
     assert (one["accuracy"], one["best_epoch"]) == (two["accuracy"], two["best_epoch"])
     assert set(one["accuracy"]) == {"0", "4"}
+
+
+def test_the_schedule_per_epoch_is_that_of_the_public_code():
+    """One epoch late: mean 1.30e-3 and last 2.0e-4 for the published recipe of distillation."""
+    recipe = with_settings(epochs=10, lr=1e-3, lr_batch=6, min_lr=1e-5, schedule="epoch")
+    assert recipe.peak_lr == 2e-3
+    rates = [row["lr"] for row in run(recipe)[1]["epochs"]]
+    cosine = [1e-5 + (2e-3 - 1e-5) * (1 + math.cos(math.pi * epoch / 10)) / 2 for epoch in (0, *range(9))]
+    assert rates == pytest.approx(cosine)
+    assert (sum(rates) / 10, rates[-1]) == (pytest.approx(1.30e-3, rel=0.01), pytest.approx(2.0e-4, rel=0.01))
+
+
+def test_a_run_resumed_under_the_schedule_per_epoch_gives_the_same_weights(tmp_path, every_step):
+    settings = with_settings(schedule="epoch")
+    whole, _ = run(settings)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, tmp_path / ".r.resume", stop_after=7)
+    resumed, record = run(settings, tmp_path / ".r.resume")
+    assert torch.equal(whole, resumed)
+    assert [row["epoch"] for row in record["epochs"]] == [1, 2, 3]
+
+
+def test_every_epoch_leaves_a_row_of_its_curve_and_one_for_tensorboard_if_asked(tmp_path, monkeypatch):
+    _, record = run(SETTINGS)
+    assert [list(row) for row in record["epochs"]] == [["epoch", "loss", "held_out", "lr", "seconds"]] * 3
+    assert [row["loss"] for row in record["epochs"]] == record["losses"]
+    assert max(row["held_out"] for row in record["epochs"]) == record["score"][0]
+    written = []
+
+    class Writer(contextlib.AbstractContextManager):
+        def __init__(self, folder):
+            self.folder = folder
+
+        def add_scalar(self, name, value, epoch):
+            written.append((self.folder, name, value, epoch))
+
+        def __exit__(self, *_):
+            return None
+
+    stand_in = types.ModuleType("torch.utils.tensorboard")
+    stand_in.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
+    monkeypatch.setenv(training.TENSORBOARD, str(tmp_path))
+    run(SETTINGS)
+    losses = [value for folder, name, value, _ in written if name == "loss" and folder == str(tmp_path / "test")]
+    assert losses == record["losses"]

@@ -9,6 +9,7 @@ from tocom.degrees import Inflected, token_counts
 from tocom.errors import TocomError
 from tocom.methods.evit import EViT
 from tocom.methods.tome import ToMe
+from tocom.parts import descending
 from tocom.vit import CompressedViT, gflops
 
 SUMMED, MEAN = ({"kind": "evit", "fuse": how} for how in ("sum", "mean"))
@@ -280,3 +281,53 @@ def test_a_malformed_degree_is_refused_and_the_model_stays_as_it_was(make_vit, i
         vit.set_degree(degree)
     assert vit.degree == 2
     assert torch.equal(vit(images), before)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("compressor", "dynamo"), [("tome", False), ("tome", True), ("evit", False), ("tome_mlp", False)]
+)
+def test_every_degree_is_exported_to_onnx_and_torch_export_and_gives_the_same_logits(compressor, dynamo, tmp_path):
+    ort = pytest.importorskip("onnxruntime")
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=5
+    ).eval()
+    vit = CompressedViT(model, compressor, degree=5).eval()
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = vit(images)
+        torch.testing.assert_close(torch.export.export(vit, (images,)).module()(images), expected)
+        torch.onnx.export(vit, (images,), tmp_path / "vit.onnx", dynamo=dynamo, verbose=False)
+    session = ort.InferenceSession(tmp_path / "vit.onnx", providers=["CPUExecutionProvider"])
+    (logits,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=0, atol=2e-6)
+
+
+def test_ties_are_broken_by_position_also_in_what_is_exported(monkeypatch):
+    scores = torch.tensor([[1.0, 3.0, 3.0, 1.0, 3.0]])
+    assert descending(scores).tolist() == [[1, 2, 4, 0, 3]]
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    distinct = torch.randperm(64, generator=torch.Generator().manual_seed(0)).float()[None]
+    assert torch.equal(descending(distinct), distinct.argsort(dim=-1, descending=True))
+
+
+def test_gradient_checkpointing_of_timm_is_heeded_and_changes_no_gradient():
+    model = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=24, depth=2, num_heads=2, num_classes=5
+    )
+    vit, images = CompressedViT(model, degree=4).train(), torch.randn(2, 3, 32, 32)
+    calls, gradients = [], []
+    for enabled in (False, True):
+        model.set_grad_checkpointing(enabled)
+        model.zero_grad()
+        calls.append(0)
+
+        def count(*_):
+            calls[-1] += 1
+
+        handle = model.blocks[0].norm1.register_forward_hook(count)
+        vit(images).square().sum().backward()
+        handle.remove()
+        gradients.append([parameter.grad.clone() for parameter in model.parameters()])
+    assert calls == [1, 2]  # computed once more on the way back
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))

@@ -46,8 +46,9 @@ def _missing_files(study: Study) -> Iterator[str]:
             if given is not None and not resolve(given).is_file():
                 yield f"backbone {backbone.name!r}: {key}: no such file: {given}"
         yield from _missing_source(f"backbone {backbone.name!r}: images", backbone.images)
-    for name in study.methods:
-        yield from _missing_source(f"method {name!r}: learn.source", study.learn_for(name).source)
+    yield from _missing_source("learn.source", study.learn.source)
+    for name, method in study.methods.items():
+        yield from _missing_source(f"method {name!r}: learn.source", method.learn.get("source"))
     for task in study.tasks:
         if task.fine_tuned is not None and not resolve(task.fine_tuned).is_file():
             yield f"task {task.name!r}: fine_tuned: no such file: {task.fine_tuned}"
@@ -78,7 +79,8 @@ def _bad_images(study: Study, task: TaskEntry) -> Iterator[str]:
     try:
         listing = listing_of(task.name, sizes, study.image_size_for(task.name), task.source() or None, Path(data.root))
     except TocomError as error:
-        yield f"task {task.name!r}: {error}"
+        named = f"task {task.name!r}: "  # which errors of one's own images begin with
+        yield named + str(error).removeprefix(named)
         return
     if listing.kind == "classify":
         seen = np.unique(np.asarray(listing.splits["train"].labels))

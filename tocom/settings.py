@@ -17,6 +17,7 @@ from tocom.errors import TocomError, suggest
 PLAIN = "none"
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")]
 
 
 class Settings(BaseModel):
@@ -72,7 +73,7 @@ class Optimisation(Settings):
         True, description="refuse GPU operations whose results vary from run to run; false: warn only"
     )
     threads: Positive = Field(1, description="torch CPU threads; part of the recipe, since sums depend on it")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
 
     @model_validator(mode="after")
     def _schedule_makes_sense(self):
@@ -185,7 +186,7 @@ class EvaluateSettings(Settings):
     batch_size: Positive = Field(250, description="images a forward pass")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast")
     threads: Positive = Field(1, description="torch CPU threads")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
 
     @model_validator(mode="after")
     def _can_decline(self):
@@ -205,7 +206,7 @@ class ThroughputSettings(Settings):
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast")
     training: bool = Field(False, description="also time training steps")
     threads: Positive = Field(1, description="torch CPU threads")
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N")
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N")
 
 
 class BenchmarkSettings(Settings):
@@ -217,7 +218,7 @@ class BenchmarkSettings(Settings):
     warmup: Positive = Field(5, description="steps of each degree before the first round")
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="autocast; the weights stay fp32")
     threads: Positive = Field(1, description="torch CPU threads")
-    device: str = Field("cuda", description="auto, cpu, cuda or cuda:N")
+    device: Device = Field("cuda", description="auto, cpu, cuda or cuda:N")
 
 
 #: pydantic's types of errors -> our words for them.
@@ -234,6 +235,7 @@ _WORDS = {
     "float_type": "give a number",
     "finite_number": "give a finite number",
     "string_type": "give a text",
+    "string_pattern_mismatch": "give one that fits {pattern}",
     "bool_parsing": "give true or false",
     "bool_type": "give true or false",
     "dict_type": "give a mapping",

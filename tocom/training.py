@@ -29,6 +29,8 @@ from tocom.settings import Optimisation
 #: Seconds of training after which the state is saved within an epoch, too; and how many states are kept, of which one
 #: that cannot be read gives way to an older.
 SAVE_SECONDS, KEEP_STATES = 600.0, 2
+#: Environment variable that names a folder for TensorBoard's files; without it none are written.
+TENSORBOARD = "TOCOM_TENSORBOARD"
 #: Settings' names of the autocast types.
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 #: Values of CUBLAS_WORKSPACE_CONFIG with which cuBLAS repeats its results, says NVIDIA.
@@ -326,6 +328,19 @@ class _Trainer:
         rate, seconds = self.optimizer.param_groups[0]["lr"], round(time.monotonic() - self.started, 3)
         return {"epoch": self.epoch + 1, "loss": self.state["losses"][-1], **held_out, "lr": rate, "seconds": seconds}
 
+    def _show(self, figures: dict[str, float]) -> None:
+        """Write an epoch's figures for TensorBoard, if the environment variable names a folder for it."""
+        folder = os.environ.get(TENSORBOARD)
+        if not folder or not distributed.is_main():
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise TocomError(f"{TENSORBOARD} is set, but tensorboard is not installed; pip install tensorboard") from None
+        with SummaryWriter(str(Path(folder) / self.title.replace(" ", "_"))) as writer:
+            for name in figures.keys() - {"epoch"}:
+                writer.add_scalar(name, figures[name], figures["epoch"])
+
     def end_epoch(self, figures: list[float]) -> None:
         """Record an epoch whose held-out figures are given; keep its parameters if they are the best so far."""
         for figure in figures:
@@ -334,6 +349,7 @@ class _Trainer:
         seen = min(self.n_images, self.per_epoch * self.settings.batch_size)
         state["losses"].append(state["total"] / seen)
         state["epochs"].append(self._figures(figures))
+        self._show(state["epochs"][-1])
         if not state["score"] or tuple(figures) > tuple(state["score"]):
             state |= {"score": figures, "best_epoch": self.epoch + 1, "best": _copies(self.parameters)}
         state |= {"epoch": self.epoch + 1, "step": 0, "total": 0.0, "latest": figures}

@@ -1,5 +1,7 @@
 """Every config of config/, planned: all studies in one dry run, with as many jobs as the arithmetic says."""
 
+import json
+import shlex
 import subprocess
 
 import pytest
@@ -57,6 +59,19 @@ def test_a_mistake_in_a_config_stops_the_workflow_with_its_name(tmp_path, key, v
     assert result.returncode != 0
     assert message in result.stdout + result.stderr
     assert not (folder / "results").exists()
+
+
+def test_braces_and_quotes_in_names_reach_the_commands_as_they_are(tmp_path):
+    folder = workplace(tmp_path)
+    pets = folder / "my {pets} & 'co"
+    config = yaml.safe_load(TINY.read_text()) | {"tasks": [{"name": "pets", "folder": str(pets), "group": "{g} 'x'"}]}
+    (folder / "braces.yaml").write_text(yaml.safe_dump(config | {"transfer": False}, sort_keys=False))
+    result = snakemake(folder, "--configfile", "braces.yaml", "--dry-run", "--printshellcmds")
+    assert result.returncode == 0, result.stdout + result.stderr
+    (study,) = [line for line in (result.stdout + result.stderr).splitlines() if "tocom study" in line]
+    words = shlex.split(study.partition(":")[2].partition(" > ")[0])
+    (task,) = json.loads(words[2])["tasks"]
+    assert (task["folder"], task["group"]) == (str(pets), "{g} 'x'")
 
 
 @pytest.mark.parametrize("target", ["all", "verify"])
