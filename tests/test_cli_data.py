@@ -106,16 +106,3 @@ def test_the_list_says_what_there_is_and_what_was_fetched(server, run):
         ["task", "FGVC", "2", "as `b`", "fetched", "CC0"],
     ]
     assert run("list", "--markdown").stdout == markdown(read_catalogue())
-
-
-def test_imagenet_is_unpacked_from_parquet_files(run, tmp_path):
-    import pyarrow as pa
-    import pyarrow.parquet
-
-    (tmp_path / "hub").mkdir()
-    for split in ("train", "validation"):
-        table = pa.table({"image": [{"bytes": b"jpeg of " + split.encode(), "path": None}], "label": [7]})
-        pyarrow.parquet.write_table(table, tmp_path / "hub" / f"{split}-00000-of-00001.parquet")
-    run("unpack-imagenet", tmp_path / "hub", tmp_path / "images")
-    found = {path.parts[-3]: path.read_bytes() for path in (tmp_path / "images").rglob("*.JPEG")}
-    assert found == {"train": b"jpeg of train", "val": b"jpeg of validation"}

@@ -237,3 +237,10 @@ def test_changes_of_a_job_reach_what_they_name():
 def test_a_wrong_job_is_refused_in_one_line(text, change, message):
     changes = [] if change is None else ["compressor.kind=tome", change]
     assert message in refusal(read_job, FinetuneJob, text, changes)
+
+
+def test_what_a_config_states_is_kept_where_it_is_also_the_default():
+    """A timm backbone has to state the sizes of its images and patches, whatever they are."""
+    timm = {"name": "v", "timm": "vit_small_patch16_224", "weights": "w.pth", "image_size": 32, "patch_size": 4}
+    study = parse_study(changed(backbones=[timm]))
+    assert parse_study(json.loads(study.as_json())) == study

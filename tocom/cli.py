@@ -121,7 +121,7 @@ def finetune(
     from tocom.stages.finetune import finetune as stage
 
     it = read_job(FinetuneJob, job, sets or ())
-    launch(processes, nodes, it.recipe.device)
+    launch(processes, nodes, it.training.device)
     for about in stage(it, backbone, data, output, learned, workers):
         say(
             f"train degree {about['train_degree']}, seed {about['seed']}: best epoch {about['best_epoch']}, validation"
@@ -169,7 +169,12 @@ def transfer(
 
 @app.command()
 def throughput(
-    job: JobArgument, backbone: BackboneOption, output: Output, compensator: Compensators = None, sets: Sets = None
+    job: JobArgument,
+    backbone: BackboneOption,
+    output: Output,
+    compensator: Compensators = None,
+    learned: Learned = None,
+    sets: Sets = None,
 ) -> None:
     """Measure images a second and memory at each degree, with and without compensators, side by side."""
     from tocom.files import write_rows
@@ -177,7 +182,7 @@ def throughput(
     from tocom.stages.throughput import throughput as stage
 
     it = read_job(ThroughputJob, job, sets or ())
-    write_rows(stage(it, backbone, pairs(compensator, "--compensator")), output)
+    write_rows(stage(it, backbone, pairs(compensator, "--compensator"), learned), output)
 
 
 @app.command()

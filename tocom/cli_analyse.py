@@ -26,7 +26,8 @@ PredictionsArgument = Annotated[
 def cells(folder: FolderArgument, output: Output, predictions: PredictionsArgument = None) -> None:
     """Gather predictions into one tidy table, a row for each cell, and say how much of the study is there."""
     from tocom.analysis import planned
-    from tocom.analysis.cells import KEYS, gather, write_rows
+    from tocom.analysis.cells import KEYS, gather
+    from tocom.files import write_rows
     from tocom.study import read_study
 
     study = read_study(folder / "study.json")

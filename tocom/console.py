@@ -211,11 +211,12 @@ class Console(logging.Handler):
             self.say(*lines, style=style)
 
     def _message(self, level: int, text: str) -> None:
-        self.stopped |= text.startswith(STOPPING)
+        told, self.stopped = self.stopped, self.stopped or text.startswith(STOPPING)
         if text.startswith("Nothing to be done"):
             self._tell("Nothing to be done: all is there and up to date.", *self._places())
         elif text.startswith(STOPPING):
-            self._tell("Stopping ...")
+            if not told:  # Snakemake says so again and again while jobs end
+                self._tell("Stopping ...")
         elif level >= logging.WARNING and not any(words in text for words in REPEATED):
             self.errors += [text] if level >= logging.ERROR else []
             self._tell(text.strip(), style="red" if level >= logging.ERROR else "yellow")

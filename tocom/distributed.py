@@ -23,21 +23,6 @@ from torch.distributed.rendezvous import rendezvous
 from tocom.errors import TocomError
 from tocom.gpus import claim
 
-__all__ = [
-    "broadcast",
-    "gather",
-    "is_main",
-    "launch",
-    "own_device",
-    "processes",
-    "rank",
-    "share",
-    "sum_gradients",
-    "sum_values",
-    "wait_for_all",
-    "world_size",
-]
-
 #: Numbers the groups that this process joins, one for each model that it trains.
 _groups = itertools.count()
 

@@ -35,8 +35,7 @@ class Folding:
         Raises:
             TocomError: the model has no such parameter, or one of another shape; nothing is changed then.
         """
-        for name, delta in deltas.items():
-            _check(model, name, delta)
+        check_deltas(model, deltas)
         originals = {}
         for name, delta in deltas.items():
             parameter = model.get_parameter(name)
@@ -54,16 +53,17 @@ class Folding:
         setattr(self.model, _MARK, False)
 
 
-def _check(model: nn.Module, name: str, delta: Tensor) -> None:
-    try:
-        parameter = model.get_parameter(name)
-    except AttributeError:
-        raise TocomError(f"the compensator changes {name}, which the model has not; learn one for this model") from None
-    if parameter.shape != delta.shape:
-        raise TocomError(
-            f"the compensator's change of {name} has shape {list(delta.shape)}, the model's {list(parameter.shape)};"
-            " learn one for this model"
-        )
+def check_deltas(model: nn.Module, deltas: dict[str, Tensor]) -> None:
+    """Raise TocomError unless a model has all these parameters, of these shapes."""
+    parameters = dict(model.named_parameters())
+    for name, delta in deltas.items():
+        if name not in parameters:
+            raise TocomError(f"the compensator changes {name}, which the model has not; learn one for this model")
+        if parameters[name].shape != delta.shape:
+            raise TocomError(
+                f"the compensator's change of {name} has shape {list(delta.shape)}, the model's"
+                f" {list(parameters[name].shape)}; learn one for this model"
+            )
 
 
 def is_folded(model: nn.Module) -> bool:

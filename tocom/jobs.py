@@ -36,8 +36,8 @@ class Job(Settings):
     """Base of all jobs."""
 
     def as_json(self) -> str:
-        """Return the job, less what has its default, as JSON; :func:`read_job` reads it back."""
-        return json.dumps(self.differing())
+        """Return all of the job as JSON, defaults included: another default makes another job."""
+        return json.dumps(self.recipe())
 
 
 class PrepareJob(Job):
@@ -107,7 +107,7 @@ class FinetuneJob(Job):
         return self
 
     @property
-    def recipe(self) -> FinetuneSettings | SegmentSettings:
+    def training(self) -> FinetuneSettings | SegmentSettings:
         """The validated settings."""
         return FINETUNE[self.task_kind].model_validate(self.settings)
 
@@ -117,7 +117,9 @@ class EvaluatedMethod(Settings):
 
     compensated: bool = Field(False, description="whether it adds a compensator, whose file is given")
     infer_degrees: tuple[int, ...] = Field(min_length=1)
-    scales: tuple[float, ...] | None = Field(None, description="candidate scales; null: those of the settings")
+    scales: tuple[float, ...] | None = Field(
+        None, min_length=1, description="candidate scales; null: those of the settings"
+    )
 
 
 class EvaluateJob(Job):
@@ -229,6 +231,8 @@ class Plan:
         """Return the plan of what Snakemake was given: one study, or ``configs``, a list of their files."""
         if "configs" not in config:
             return cls({"config": config})
+        if not isinstance(config["configs"], list | tuple) or not config["configs"]:
+            raise TocomError(f"configs = {config['configs']!r}: give a list of the studies' files")
         return cls({path: read_config(path) for path in config["configs"]})
 
     def _add_store(self, study: Study) -> None:
@@ -318,7 +322,7 @@ class Plan:
             checkpoints=study.batches(tuned)[wildcards.batch],
             max_degree=study.max_degree,
             task_kind=study.task_kind,
-            settings=study.finetune_for(entry.name).differing(),
+            settings=study.finetune_for(entry.name).recipe(),
             fine_tuned=None if method.tuning.part.trains_anything else entry.fine_tuned,
         )
 
@@ -343,7 +347,7 @@ class Plan:
         return TransferJob(**names, low=low, high=high, seeds=study.seeds, settings=study.evaluate)
 
     def throughput(self, wildcards: Any) -> ThroughputJob:
-        """Return the job that measures the methods which share a compressor and a tuning."""
+        """Return the job that measures a method's compressor, plain and with each kind of compensator."""
         study, tuned = self.study(wildcards), wildcards.tuned
         sharing = self.measured_with(study, tuned)
         degrees = {0, *(degree for name in sharing for degree in study.infer_degrees_of(name))}
@@ -444,13 +448,13 @@ class Plan:
         ]
 
     def measured_with(self, study: Study, tuned: str) -> list[str]:
-        """Return the methods that are timed side by side: ``tuned``, and one with each kind of compensator that has its
-        compressor; a variant of a compensator costs the same once it is folded in."""
-        wanted, kinds = study.methods[tuned].compressor, {}
+        """Return the methods that are timed side by side: the plain one of ``tuned``, and one with each kind of
+        compensator that has its compressor; a variant of a compensator costs the same once it is folded in."""
+        wanted, kinds = study.methods[tuned].compressor.described(), {}
         for name, method in study.methods.items():
-            if method.compressor == wanted and method.compensator is not None:
+            if method.compensator is not None and method.compressor.described() == wanted:
                 kinds.setdefault(method.compensator.kind, name)
-        return [tuned, *kinds.values()]
+        return [study.plain_of(tuned), *kinds.values()]
 
     def per_model(self, study: Study, pattern: str, of: str = "checkpoints") -> list[str]:
         """Return a pattern filled in for everything of a study that it stands for.
@@ -475,8 +479,8 @@ class Plan:
 
     @staticmethod
     def _first_of_compressor(study: Study, name: str) -> bool:
-        wanted = study.methods[name].compressor
-        return name == next(tuned for tuned in study.tuned if study.methods[tuned].compressor == wanted)
+        wanted = study.methods[name].compressor.described()
+        return name == next(tuned for tuned in study.tuned if study.methods[tuned].compressor.described() == wanted)
 
 
 def _learn_job(study: Study, backbone: str, method: str, role: str) -> LearnJob:

@@ -8,7 +8,7 @@ these base classes and no part by name.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
@@ -443,10 +443,14 @@ def kind_of(cls: type[Part]) -> str:
     return next((name for name, place in PARTS[cls.role].items() if place == where), where)
 
 
+#: Of the files of learned parts.
+FORMAT = 2
+
+
 def save_part(path: Any, part: Part) -> None:
     """Write a learned part with all that is needed to build it again, and a hash of its parameters."""
     tensors = part.state_dict()
-    about = {"format": 2, "kind": part.role, "part": describe(part), "max_degree": part.max_degree}
+    about = {"format": FORMAT, "kind": part.role, "part": describe(part), "max_degree": part.max_degree}
     about |= {"shape": part.shape, "sha256": digest(tensors), "compressor": getattr(part, "compressor", None)}
     save_tensors(path, tensors, part.metadata | about)
 
@@ -460,6 +464,8 @@ def load_part(path: Any, role: str) -> Any:
     tensors, about = load_tensors(path)
     if about.get("kind") != role:
         raise TocomError(f"{path} holds {about.get('kind', 'something else')}, not a {role}; check the path")
+    if about.get("format") != FORMAT:
+        raise TocomError(f"{path} was written by another version; learn or import it again")
     if digest(tensors) != about["sha256"]:
         raise TocomError(f"{path} is corrupt: its parameters do not match their hash; make it again")
     check_finite(tensors, path)
@@ -474,8 +480,3 @@ def load_part(path: Any, role: str) -> Any:
     if role == "compensator":
         part.compressor = about["compressor"]
     return part.eval()
-
-
-def parameters_of(parts: Iterable[Part]) -> int:
-    """Return how many numbers the parameters of some parts hold."""
-    return sum(parameter.numel() for part in parts for parameter in part.parameters())

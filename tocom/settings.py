@@ -35,10 +35,6 @@ class Settings(BaseModel):
         """Return all settings as JSON-able values."""
         return self.model_dump(mode="json")
 
-    def differing(self) -> dict[str, Any]:
-        """Return, as JSON-able values, the settings that differ from their defaults."""
-        return self.model_dump(mode="json", exclude_defaults=True)
-
 
 class Optimisation(Settings):
     """Settings that all training stages share."""

@@ -9,6 +9,7 @@ import yaml
 
 from tocom.bundled import ASSETS
 from tocom.errors import TocomError
+from tocom.study import NAME
 
 _BUNDLED = """\
   # Small and bundled: images are scaled to 32 pixels. `tocom init --model NAME` takes one of timm's.
@@ -37,7 +38,7 @@ def first_config(path: Path, folder: str | None = None, model: str | None = None
         TocomError: the name cannot be a study's, there is no such folder, or timm has no such ViT.
     """
     name = path.stem
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.]*", name):
+    if not NAME.fullmatch(name):
         raise TocomError(f"{name!r} cannot name a study: use letters, digits, '_' and '.'")
     if folder is not None and not Path(folder).is_dir():
         raise TocomError(f"no such folder: {folder}; name one that holds a subfolder of images for each class")

@@ -38,6 +38,8 @@ from tocom.settings import (
     explain,
 )
 
+#: What a method may set for itself.
+DEGREES = ("train_degrees", "infer_degrees")
 #: Groups that tables make of others.
 RESERVED_GROUPS = ("all tasks", "VTAB-1k")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
@@ -155,7 +157,7 @@ def _as_spec(role: str):
             return {"role": role, "kind": value}
         if not isinstance(value, Mapping):
             raise ValueError(f"{role} {value!r}: give a name, or a mapping with its kind and options")
-        return {"kind": DEFAULTS[role], "role": role} | dict(value)
+        return {"kind": DEFAULTS[role]} | dict(value) | {"role": role}
 
     return BeforeValidator(convert, json_schema_input_type=str | dict[str, Any])
 
@@ -184,7 +186,9 @@ class Method(Settings):
     )
     learn: dict[str, Any] = Field({}, description="changes of the study's learn section for what this method learns")
     scales: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
-        None, description="candidate scales of its compensator, which need not hold 0; null: those of evaluate"
+        None,
+        min_length=1,
+        description="candidate scales of its compensator, which need not hold 0; null: those of evaluate",
     )
     train_degrees: tuple[Degree, ...] | None = Field(None, min_length=1, description="null: those of the study")
     infer_degrees: tuple[Degree, ...] | None = Field(None, min_length=1, description="null: those of the study")
@@ -214,7 +218,7 @@ def _expanded(methods: Any) -> Any:
         if isinstance(entry, Method) or not isinstance(entry, Mapping) or "like" not in entry:
             done[name] = entry
             continue
-        if entry["like"] not in done:
+        if not isinstance(done.get(str(entry["like"])), Method | Mapping):
             raise ValueError(f"method {name!r}: like: {entry['like']!r} is no method above it")
         base = {key: value for key, value in dict(done[entry["like"]]).items() if key not in ("title", "changes")}
         changes = {key: value for key, value in entry.items() if key != "like"}
@@ -386,8 +390,11 @@ class Study(Settings):
         for name in [self.study, *(b.name for b in self.backbones), *self.task_names, *self.methods]:
             if not NAME.fullmatch(name):
                 raise ValueError(f"{name!r} cannot name a folder: use letters, digits, '_' and '.'")
-        for what in ("backbones", "tasks", "seeds", "train_degrees", "infer_degrees", "compare"):
-            values = [getattr(item, "name", item) for item in getattr(self, what)]
+        listed = {what: getattr(self, what) for what in ("backbones", "tasks", "seeds", "compare", *DEGREES)}
+        for name, method in self.methods.items():
+            listed |= {f"method {name!r}: {what}": getattr(method, what) or () for what in DEGREES}
+        for what, items in listed.items():
+            values = [getattr(item, "name", item) for item in items]
             if len(set(values)) < len(values):
                 raise ValueError(f"{what} lists something twice: {values}")
         if PLAIN in self.methods:
@@ -434,6 +441,12 @@ class Study(Settings):
                 raise ValueError(
                     f"method {name!r} has a compensator; list the same method without one, which it starts from"
                 )
+            gaps = product(map(source_degree, self.train_degrees_of(name)), self.infer_degrees_of(name))
+            if method.compensator is not None and all(source in (None, target) for source, target in gaps):
+                raise ValueError(
+                    f"method {name!r}: no train degree differs from an inference degree; {method.compensator.name} has"
+                    " no gap to close"
+                )
             if not method.tuning.part.trains_anything and (
                 len(self.seeds) > 1 or len(self.train_degrees_of(name)) > 1 or method.tuning.options.degree != "fixed"
             ):
@@ -458,8 +471,8 @@ class Study(Settings):
             raise ValueError("paper: speedup needs throughput: {training: true}")
 
     def as_json(self) -> str:
-        """Return the config, less what has its default, as JSON; :func:`read_study` reads it back."""
-        return self.model_dump_json(exclude_defaults=True)
+        """Return what the config states as JSON; :func:`read_study` reads it back."""
+        return self.model_dump_json(exclude_unset=True)
 
     # --- the grid -------------------------------------------------------------------------------------------
 
@@ -493,12 +506,16 @@ class Study(Settings):
         return self.methods[method].infer_degrees or self.infer_degrees
 
     def tuned_as(self, method: str) -> str:
-        """Return the first method with the same compressor, tuning and train degrees: they share checkpoints."""
+        """Return the first method with the same compressor (learned alike), tuning and train degrees.
+
+        They share checkpoints.
+        """
         return next(name for name in self.methods if self._tuned(name) == self._tuned(method))
 
     def _tuned(self, name: str) -> tuple:
         method = self.methods[name]
-        return method.compressor.described(), method.tuning.described(), self.train_degrees_of(name)
+        learned = method.compressor.part.learns(method.compressor.options) and self.learn_for(name)
+        return method.compressor.described(), learned, method.tuning.described(), self.train_degrees_of(name)
 
     def plain_of(self, method: str) -> str | None:
         """Return the method without a compensator that shares a method's checkpoints."""
@@ -636,8 +653,8 @@ def read_study(path: str | os.PathLike) -> Study:
     return parse_study(read_config(path), str(path))
 
 
-def read_config(path: str | os.PathLike) -> dict[str, Any]:
-    """Read the mapping in a YAML file.
+def read_config(path: str | os.PathLike, within: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Read the mapping in a YAML file, with what it extends; see :func:`extended`.
 
     Raises:
         TocomError: it is missing, no YAML or no mapping.
@@ -650,17 +667,26 @@ def read_config(path: str | os.PathLike) -> dict[str, Any]:
         raise TocomError(f"cannot read {path}: {error.strerror}; give a YAML file") from None
     if not isinstance(config, dict):
         raise TocomError(f"{path} is empty or not a mapping; start from config/demo.yaml")
-    return extended(config)
+    return extended(config, (*within, os.path.realpath(path)))
 
 
-def extended(config: Mapping[str, Any]) -> dict[str, Any]:
+def extended(config: Mapping[str, Any], within: tuple[str, ...] = ()) -> dict[str, Any]:
     """Return a config with what the one that it ``extends`` says where it says nothing itself.
 
     Sections are merged key by key, methods are added to those above; anything else takes the place of what it was.
+
+    Args:
+        within: the files that the config is in or extends.
+
+    Raises:
+        TocomError: what it extends cannot be read, or extends it in turn.
     """
-    if "extends" not in config:
-        return dict(config)
-    base = read_config(config["extends"])  # like all paths of a config, from where the study is run
+    extends = config.get("extends")
+    if extends is None:
+        return {key: value for key, value in config.items() if key != "extends"}
+    if not isinstance(extends, str) or os.path.realpath(extends) in within:
+        raise TocomError(f"extends: {extends!r} is no other config; name the file of one that does not extend this one")
+    base = read_config(extends, within)  # like all paths of a config, from where the study is run
     own = {key: value for key, value in config.items() if key != "extends"}
     both = [key for key, value in own.items() if isinstance(value, Mapping) and isinstance(base.get(key), Mapping)]
     return base | own | {key: {**base[key], **own[key]} for key in both}

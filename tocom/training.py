@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import json
 import math
 import os
@@ -336,8 +337,10 @@ class _Trainer:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            raise TocomError(f"{TENSORBOARD} is set, but tensorboard is not installed; pip install tensorboard") from None
-        with SummaryWriter(str(Path(folder) / self.title.replace(" ", "_"))) as writer:
+            raise TocomError(f"{TENSORBOARD} is set, but there is no tensorboard; pip install tensorboard") from None
+        # Trainings that share a title (of other methods, backbones, studies) must not share a curve.
+        name = f"{self.title.replace(' ', '_')}_{hashlib.sha256(self.fingerprint.encode()).hexdigest()[:8]}"
+        with SummaryWriter(str(Path(folder) / name)) as writer:
             for name in figures.keys() - {"epoch"}:
                 writer.add_scalar(name, figures[name], figures["epoch"])
 

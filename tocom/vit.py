@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tocom.degrees import Degree
 from tocom.errors import TocomError
-from tocom.folding import Folding
+from tocom.folding import Folding, check_deltas
 from tocom.methods import DEFAULTS
 from tocom.parts import Attention, Compensator, Compressor, Shape, Tokens, make_part
 
@@ -96,6 +96,7 @@ class CompressedViT(nn.Module):
         """
         compensator.check_fits(self)
         deltas = compensator.deltas(self.source_degree, self._degree)
+        check_deltas(self.model, deltas)
         self.detach()
         object.__setattr__(self, "compensator", compensator)  # past nn.Module, which would make it a submodule
         self.scale = compensator.trained_scale if scale is None else scale

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from tocom.analysis import cells, compare
-from tocom.files import save_arrays
+from tocom.files import save_arrays, write_rows
 from tocom.study import read_study
 
 N = 400
@@ -132,7 +132,7 @@ def make(root, config, arrays_of=None, keep=lambda **where: True):
     """Make all tidy tables of a study in ``root``; what ``keep`` refuses was not run."""
     study = read_study(plan(root, config) / "study.json")
     files = write_predictions(root, study, arrays_of or classified(study), keep)
-    cells.write_rows(cells.gather(study.study, files), root / "cells.csv")
+    write_rows(cells.gather(study.study, files), root / "cells.csv")
     compare.compare(study, cells.records(files)).to_csv(root / "significance.csv", index=False)
     models = list(product([backbone.name for backbone in study.backbones], study.methods))
     speeds = [
@@ -141,14 +141,14 @@ def make(root, config, arrays_of=None, keep=lambda **where: True):
          "ratio_high": 1.01, "memory_mb": 10.0, "batch_size": 64, "repeats": 9, "threads": 1, "device": "cpu"}
         for (b, m), n in product(models, DEGREES)
     ]  # fmt: skip
-    cells.write_rows(speeds, root / "throughput.csv")
+    write_rows(speeds, root / "throughput.csv")
     gaps = [
         {"backbone": b, "method": m, "source_task": s, "target_task": t, "seed": seed, "train_degree": 0,
          "infer_degree": 12, "n": N, "correct": 1,
          "accuracy": 0.8 + 0.01 * (s != "none") + 0.02 * (s == t) + 0.001 * seed * (s != "none")}
         for (b, m), s, t, seed in product(models, ["none", *study.task_names], study.task_names, SEEDS)
     ]  # fmt: skip
-    cells.write_rows(gaps, root / "transfer.csv")
+    write_rows(gaps, root / "transfer.csv")
     return root
 
 

@@ -146,14 +146,6 @@ def test_correction_is_within_each_family_of_a_table(study):
         assert family.p_images_holm.to_numpy() == pytest.approx(expected)
 
 
-def test_each_pair_is_compared_and_corrected_as_if_it_were_alone(tmp_path):
-    ablation = made_up.make(tmp_path / "ablation", made_up.ABLATED)
-    alone = made_up.make(tmp_path / "alone", config(made_up.FGVC, made_up.TOME | made_up.TOCOM))
-    both = [pd.read_csv(root / "significance.csv") for root in (ablation, alone)]
-    pd.testing.assert_frame_equal(both[0][both[0].after == "tocom"].reset_index(drop=True), both[1])
-    assert significance_of(ablation).loc[("tome", "rank1", "FGVC", "0", 12)].gain.item() == pytest.approx(3.0)
-
-
 def test_a_comparison_takes_the_seeds_that_all_its_tasks_have(study):
     found = records(sorted((study / "predictions").rglob("*.safetensors")))
     whole, left = compare(parse_study(config()), found), {"digits": {0, 1}, "mnist5k": {1, 2}, "rotation": {0}}

@@ -2,7 +2,6 @@
 
 import re
 import shutil
-import subprocess
 
 import numpy as np
 import pandas as pd
@@ -14,10 +13,10 @@ from tests.analysis.made_up import ABLATED, EVIT, FGVC, SEVERAL, TOCOM, TOME, co
 from tocom.analysis import figures, tables
 from tocom.analysis.cells import read_cells
 from tocom.analysis.curves import curves
-from tocom.analysis.overview import ASKS, joint, overview, write_overview
+from tocom.analysis.overview import ASKS, overview
 from tocom.analysis.paper import FORMS, paper_tables
 from tocom.analysis.planned import group_scopes
-from tocom.analysis.published import Published, read_published
+from tocom.analysis.published import read_published
 from tocom.analysis.report import make_tables, show, write_figures, write_paper, write_tables
 from tocom.analysis.run import Run
 from tocom.cli_analyse import app
@@ -286,17 +285,6 @@ def test_a_published_gain_stands_beside_the_same_model_and_tasks_alone(value, gr
     assert found == ([] if value is None else [value])
 
 
-def test_a_figure_that_is_not_one_is_refused(tmp_path):
-    path = tmp_path / "published.yaml"
-    path.write_text("- {of: miou, what: x, group: y, compressor: tome, value: many, unit: points, source: z}\n")
-    with pytest.raises(TocomError, match="value"):
-        read_published(path)
-    with pytest.raises(TocomError, match="cannot read"):
-        read_published(tmp_path / "none.yaml")
-    about = {"what": "x", "group": "y", "compressor": "tome", "source": "z"}
-    assert Published(of="largest gain", value=2, unit="points", **about).text() == "+2.0"
-
-
 # --- the forms ------------------------------------------------------------------------------------------------------
 
 
@@ -315,18 +303,6 @@ def test_degrees_come_with_the_largest_gain_beside_the_published_one(study):
     ]
     for words in ("arXiv 2408.06798", "not corrected for having been picked", "is uncertain"):
         assert words in gains.caption
-
-
-def test_the_average_over_vtab1k_is_explained(tmp_path):
-    made_up.plan(tmp_path, config(("vtab.caltech101", "vtab.eurosat"), paper="degrees"))
-    *found, gains = paper_tables(Run.read(tmp_path))
-    note = "VTAB-1k is the mean of its tasks, 19 in all; other papers average the means of its three groups"
-    assert [note in table.caption for table in found] == [False, False, True]
-    assert note in gains.caption
-    joined = [
-        joint(overview(parse_study(config(tasks)), tmp_path)) for tasks in (("vtab.caltech101", "vtab.eurosat"), FGVC)
-    ]
-    assert [note in table.caption for table in joined] == [True, False]
 
 
 def test_backbones_have_a_block_each_with_every_method_and_train_degree(made, tmp_path):
@@ -616,25 +592,3 @@ def test_curves_are_found_from_the_study_and_drawn_by_task_and_train_degree(stud
     found[0].file.write_text("epoch,loss\n1,2\n")
     with pytest.raises(TocomError, match="lacks the column 'held_out'"):
         found[0].read()
-
-
-@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="no LaTeX on this machine")
-def test_all_forms_are_written_and_compile(ablation, tmp_path):
-    tasks = [{"name": name, "folder": "x", "group": group} for name, group in (("a_b", "y & 100 %"), ("b", "z_#"))]
-    entry = ABLATED | {"tasks": tasks}
-    for form in FORMS:
-        paper(ablation, form)
-        write_paper(ablation, tmp_path / form)
-        made_up.plan(tmp_path / "never", entry)
-        paper(tmp_path / "never", form)
-        write_paper(tmp_path / "never", tmp_path / f"{form}_never")
-    write_tables(ablation, tmp_path / "basic")
-    write_overview([ablation], tmp_path / "all.md")
-    sources = sorted(tmp_path.glob("*/*.tex")) + [tmp_path / "all.tex"]
-    body = "\n".join(f"\\input{{{path.relative_to(tmp_path)}}}\\clearpage" for path in sources)
-    packages = "\\usepackage{booktabs,graphicx}\\usepackage[T1]{fontenc}"
-    document = f"\\documentclass{{article}}{packages}\\begin{{document}}\n{body}\n\\end{{document}}"
-    (tmp_path / "main.tex").write_text(document)
-    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "main.tex"]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0, result.stdout[-2000:]

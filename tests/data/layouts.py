@@ -277,14 +277,12 @@ def ade20k(folder: Path) -> dict:
 
 
 def vtab(folder: Path, name: str) -> dict:
-    """Every list has images of its own: those of train800val200.txt are copies of the others."""
     images = {"train": [], "val": [], "test": []}
     for split, label, index in numbered("train", "val", "test"):
         images[split].append((picture(label, index), label))
     lists = {
         "train800": images["train"],
         "val200": images["val"],
-        "train800val200": images["train"] + images["val"],
         "test": images["test"],
     }
     members = {}

@@ -9,9 +9,7 @@ from tocom.data import glyphs
 MAKERS = {
     glyphs.letters: len(glyphs.LETTERS),
     glyphs.rotation: 8,
-    glyphs.font: len(glyphs.FONTS),
     glyphs.counting: 6,
-    glyphs.location: 9,
 }
 
 

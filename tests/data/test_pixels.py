@@ -1,24 +1,18 @@
 """Tasks to segment: scenes, ADE20k's layout and coding, and views with the same pixels for image and labels."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from tests.small import refusal
 from tocom.data.families.ade20k import read_labels
 from tocom.data.loading import feed
 from tocom.data.pixels import Split, TrainViews, load, random_view
 from tocom.data.registry import prepare
 from tocom.data.scenes import CLASSES, IGNORED, scenes
 from tocom.errors import TocomError
-
-QUICK = {"min_scale": 0.8, "max_scale": 1.25, "horizontal_flip": 0.5}
-
-
-def views(**changes):
-    return SimpleNamespace(**QUICK | changes)
+from tocom.settings import SegmentSettings
 
 
 @pytest.fixture
@@ -69,46 +63,33 @@ def test_the_validation_images_are_the_test_split_and_val_is_drawn_from_training
         prepare("ade20k", tmp_path / "x", {"val": 6}, source=source)
 
 
-def unpair(root):
-    (root / "annotations" / "training" / "ADE_train_00000002.png").unlink()
-
-
-def rename(root):
-    (root / "images" / "validation").rename(root / "images" / "val")
-
-
-def resize(root):
-    Image.new("L", (9, 9)).save(root / "annotations" / "validation" / "ADE_val_00000001.png")
-
-
-def overwrite(root):
-    (root / "images" / "training" / "ADE_train_00000001.jpg").write_bytes(b"not a photograph")
-
-
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (unpair, "training/ADE_train_00000002 has an image but no annotation"),
-        (rename, "no such folder: .*validation"),
-        (resize, r"has \(56, 40\) pixels, its annotation \(9, 9\)"),
-        (overwrite, "is not a readable image"),
+        (
+            lambda root: (root / "annotations/training/ADE_train_00000002.png").unlink(),
+            "training/ADE_train_00000002 has an image but no annotation",
+        ),
+        (lambda root: (root / "images/validation").rename(root / "images/val"), "no such folder: "),
+        (
+            lambda root: Image.new("L", (9, 9)).save(root / "annotations/validation/ADE_val_00000001.png"),
+            "has (56, 40) pixels, its annotation (9, 9)",
+        ),
+        (lambda root: (root / "images/training/ADE_train_00000001.jpg").write_bytes(b"?"), "is not a readable image"),
     ],
 )
 def test_a_broken_layout_is_one_line_and_leaves_nothing(photographs, tmp_path, damage, message):
     damage(photographs)
-    with pytest.raises(TocomError, match=message) as error:
-        prepare("ade20k", tmp_path / "out" / "x", source={"segment": str(photographs), "classes": 150})
-    assert "\n" not in str(error.value)
+    source = {"segment": str(photographs), "classes": 150}
+    assert message in refusal(prepare, "ade20k", tmp_path / "out" / "x", source=source)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_value_beyond_the_classes_or_several_channels_are_refused(tmp_path):
-    Image.fromarray(np.full((4, 4), 151, dtype=np.uint8)).save(tmp_path / "high.png")
+    Image.new("L", (4, 4), 151).save(tmp_path / "high.png")
     Image.new("RGB", (4, 4)).save(tmp_path / "rgb.png")
-    with pytest.raises(TocomError, match="holds the value 151, but there are 150 classes"):
-        read_labels(tmp_path / "high.png", 150)
-    with pytest.raises(TocomError, match="has 3 channels"):
-        read_labels(tmp_path / "rgb.png", 150)
+    assert "holds the value 151, but there are 150 classes" in refusal(read_labels, tmp_path / "high.png", 150)
+    assert "has 3 channels" in refusal(read_labels, tmp_path / "rgb.png", 150)
 
 
 def test_a_task_to_classify_is_not_read_as_one_to_segment(tmp_path):
@@ -143,7 +124,7 @@ def coded(n=3, height=30, width=44):
 @pytest.mark.parametrize("scales", [(0.5, 0.7), (1, 1), (1.3, 2)])
 def test_a_random_view_moves_image_and_labels_alike(scales):
     split = Split(*coded(), 24, 7)
-    settings = views(min_scale=scales[0], max_scale=scales[1])
+    settings = SegmentSettings(min_scale=scales[0], max_scale=scales[1])
     rng, padded = np.random.default_rng(1), 0
     for _ in range(20):
         image, seen = random_view(split, 1, settings, rng)
@@ -162,7 +143,7 @@ def test_without_scaling_a_random_view_is_a_window_of_the_image_or_of_its_mirror
     windows = [images[0][:, :, x : x + 30] for x in range(15)]
     rng, seen = np.random.default_rng(3), set()
     for _ in range(40):
-        view, _ = random_view(split, 0, views(min_scale=1.0, max_scale=1.0), rng)
+        view, _ = random_view(split, 0, SegmentSettings(min_scale=1.0, max_scale=1.0), rng)
         found = [(x, m) for m in (0, 1) for x, w in enumerate(windows) if np.array_equal(w[..., :: 1 - 2 * m], view)]
         assert len(found) == 1
         seen |= set(found)
@@ -171,10 +152,10 @@ def test_without_scaling_a_random_view_is_a_window_of_the_image_or_of_its_mirror
 
 
 def test_views_depend_on_seed_epoch_and_index_and_not_on_who_loads_them(drawn):
-    data = TrainViews(drawn["train"], views(), seed=5)
-    assert np.array_equal(data[1, 3][0], TrainViews(drawn["train"], views(), seed=5)[1, 3][0])
+    data, again, other = (TrainViews(drawn["train"], SegmentSettings(), seed) for seed in (5, 5, 6))
+    assert np.array_equal(data[1, 3][0], again[1, 3][0])
     assert not np.array_equal(data[1, 3][0], data[2, 3][0])
-    assert not np.array_equal(data[1, 3][0], TrainViews(drawn["train"], views(), seed=6)[1, 3][0])
+    assert not np.array_equal(data[1, 3][0], other[1, 3][0])
     pieces = [torch.tensor([3, 1]), torch.tensor([0])]
     alone, together = (list(feed(data, workers)(1, pieces)) for workers in (0, 2))
     assert np.array_equal(alone[0][0][0], data[1, 3][0])

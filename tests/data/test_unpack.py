@@ -8,9 +8,8 @@ import zipfile
 
 import pytest
 
-from tests.data.disk import file_limit
+from tests import small
 from tocom.data.unpack import unpack
-from tocom.errors import TocomError
 
 FILES = {"set/a.txt": b"alpha", "set/deep/er/b.bin": bytes(range(256)), "set/empty": b""}
 BYTES = sum(map(len, FILES.values()))
@@ -42,11 +41,8 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def refusal(archive, folder, max_bytes=10_000, **options):
-    with pytest.raises(TocomError) as caught:
-        unpack(archive, folder, max_bytes, **options)
-    message = str(caught.value)
-    assert "\n" not in message
+def refusal(archive, folder, max_bytes=10_000):
+    message = small.refusal(unpack, archive, folder, max_bytes)
     assert message.startswith(archive.name)
     return message
 
@@ -54,10 +50,9 @@ def refusal(archive, folder, max_bytes=10_000, **options):
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format_gives_the_files_that_went_in_and_their_bytes(tmp_path, name):
     seen = []
-    assert unpack(write(tmp_path / name), tmp_path / "out", BYTES, 3, advance=seen.append) == BYTES == sum(seen)
+    assert unpack(write(tmp_path / name), tmp_path / "out", BYTES, advance=seen.append) == BYTES == sum(seen)
     assert contents(tmp_path / "out") == FILES
-    assert "far more files or bytes" in refusal(tmp_path / name, tmp_path / "a", BYTES - 1)
-    assert "far more files or bytes" in refusal(tmp_path / name, tmp_path / "b", BYTES, max_members=2)
+    assert "far more bytes" in refusal(tmp_path / name, tmp_path / "a", BYTES - 1)
     assert sum(map(len, contents(tmp_path / "a").values())) < BYTES
 
 
@@ -96,12 +91,10 @@ def test_a_name_that_leaves_the_folder_or_is_none(tmp_path, name, path, message)
         [entry("l", kind=LINK, link="..")],
         [entry("set/l", kind=LINK, link="a/../../..")],
         [entry("b", kind=LINK, link="."), entry("b/m", b"x")],
-        [entry("b", kind=LINK, link="."), entry("b/m", kind=LINK, link="../evil")],
         [entry("b", kind=LINK, link="."), entry("b", b"x")],
         [entry("h", kind=HARD, link="../secret")],
         [entry("h", kind=HARD, link="none")],
         [entry("dev", kind=tarfile.CHRTYPE)],
-        [entry("dev", kind=tarfile.BLKTYPE)],
         [entry("dev", kind=tarfile.FIFOTYPE)],
         [entry("a", b"1"), entry("a", b"2")],
         [entry("b", b"1"), entry("b/c", b"2")],
@@ -147,10 +140,3 @@ def test_what_is_no_archive_or_was_cut_or_damaged(tmp_path, name):
         whole[len(whole) // 2 : len(whole) // 2 + 50] = bytes(50)
         (tmp_path / name).write_bytes(whole)
         assert "is corrupt" in refusal(tmp_path / name, tmp_path / "damaged", 100_000)
-
-
-@pytest.mark.parametrize("name", ["a.zip", "a.tgz"])
-def test_a_full_disk_stays_an_error_of_the_system(tmp_path, name):
-    archive = write(tmp_path / name, {"a": bytes(200_000)})
-    with file_limit(50_000), pytest.raises(OSError, match="File too large"):
-        unpack(archive, tmp_path / "out", 1_000_000)

@@ -69,12 +69,6 @@ def records(files: Iterable[os.PathLike]) -> dict[Condition, BySeed]:
     return found
 
 
-def write_rows(rows: Sequence[dict], path: str | os.PathLike, first_columns: dict[str, str] | None = None) -> None:
-    """Write rows as CSV behind some constant columns; floats read back exactly, the same rows give the same bytes."""
-    rows = [{**(first_columns or {}), **row} for row in rows]
-    write_text(path, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
-
-
 def concatenate(tables: Sequence[os.PathLike], path: str | os.PathLike) -> None:
     """Put CSV files one below the other."""
     frame = pd.concat([pd.read_csv(table, keep_default_na=False) for table in tables], ignore_index=True)

@@ -73,11 +73,6 @@ class Point(NamedTuple):
     after: str
     infer: int
 
-    @property
-    def is_mismatch(self) -> bool:
-        """Whether the models run at another degree than the one that names them."""
-        return self.train != str(self.infer)
-
 
 def points(study, before: str, after: str) -> list[Point]:
     """Return where two methods are compared: at the train and inference degrees that both have.
@@ -96,7 +91,7 @@ def points(study, before: str, after: str) -> list[Point]:
     infers = sorted(set(study.infer_degrees_of(before)) & set(study.infer_degrees_of(after)))
     found = [Point(*train, infer) for train, infer in product(trains, infers)]
     both = is_compensated(study, before) or is_compensated(study, after)
-    return [point for point in found if point.is_mismatch or not both]
+    return [point for point in found if point.train != str(point.infer) or not both]
 
 
 def same_models(study) -> list[tuple[str, str]]:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 
 from tocom.analysis.planned import Scope
-from tocom.errors import TocomError
-from tocom.settings import Settings, explain
-
-PATH = Path(__file__).parents[1] / "assets" / "published.yaml"
+from tocom.bundled import ASSETS
+from tocom.files import read_yaml
+from tocom.settings import Settings
 
 
 class Published(Settings):
@@ -44,18 +42,6 @@ class Published(Settings):
 
 
 @cache
-def read_published(path: Path = PATH) -> tuple[Published, ...]:
-    """Read the figures that ship with the package, or those of another file of the same form.
-
-    Raises:
-        TocomError: the file is missing or an entry is not a published figure.
-    """
-    import yaml
-
-    try:
-        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        return tuple(TypeAdapter(list[Published]).validate_python(entries))
-    except (OSError, yaml.YAMLError) as error:
-        raise TocomError(f"cannot read {path}: {' '.join(str(error).split())}; install the package again") from None
-    except ValidationError as error:
-        raise explain(error, str(path)) from None
+def read_published() -> tuple[Published, ...]:
+    """Read the figures that ship with the package."""
+    return tuple(map(Published.model_validate, read_yaml(ASSETS / "published.yaml")))

@@ -7,7 +7,7 @@ its pixels by class [images, 3, classes]. Records of several seeds are stacked a
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -73,18 +73,21 @@ class Metric:
 
     Attributes:
         name: in predictions files, configs and tables. image_test_name: what captions call its test on images.
+        share: makes a score, as a share, of records that are averaged over images.
     """
 
     name: str
     image_test_name: str
+    share: Callable[[NDArray], NDArray]
 
-    def draws(self, *conditions: Tasks, resamples: int, seed: int = 0) -> NDArray:
+    def draws(self, *conditions: Tasks, resamples: int) -> NDArray:
         """Return scores, as shares, of bootstrap draws [resamples, conditions]; see :func:`stats.crossed_bootstrap`."""
-        return stats.crossed_bootstrap([np.stack(task) for task in zip(*conditions, strict=True)], resamples, seed)
+        tasks = [np.stack(task) for task in zip(*conditions, strict=True)]
+        return stats.crossed_bootstrap(tasks, resamples, 0, self.share)
 
-    def gain_interval(self, before: Tasks, after: Tasks, resamples: int, seed: int = 0) -> tuple[float, float]:
+    def gain_interval(self, before: Tasks, after: Tasks, resamples: int) -> tuple[float, float]:
         """Return the 95 % interval, in points, of the mean over tasks of the gain, over images and seeds."""
-        draws = self.draws(before, after, resamples=resamples, seed=seed)
+        draws = self.draws(before, after, resamples=resamples)
         return stats.interval(100 * (draws[:, 1] - draws[:, 0]))
 
     def gap_interval(self, before: Tasks, after: Tasks, matched: Tasks, resamples: int) -> tuple[float, float]:
@@ -98,6 +101,7 @@ class Accuracy(Metric):
 
     name = "accuracy"
     image_test_name = "paired sign-flip test on images"
+    share = staticmethod(lambda means: means)
 
     def records(self, arrays: dict[str, NDArray]) -> NDArray:
         """Return the records of a predictions file's cells [cells, images]."""
@@ -117,10 +121,10 @@ class Accuracy(Metric):
         """Return the gain in points by seed [seeds]."""
         return 100 * _difference(before, after).mean(axis=1)
 
-    def gain_interval(self, before: Tasks, after: Tasks, resamples: int, seed: int = 0) -> tuple[float, float]:
+    def gain_interval(self, before: Tasks, after: Tasks, resamples: int) -> tuple[float, float]:
         """Return what :meth:`Metric.gain_interval` does, from draws of differences, of which there are but three."""
         differences = [_difference(*task)[None] for task in zip(before, after, strict=True)]
-        return stats.interval(100 * stats.crossed_bootstrap(differences, resamples, seed)[:, 0])
+        return stats.interval(100 * stats.crossed_bootstrap(differences, resamples, 0)[:, 0])
 
     def image_test(self, before: Tasks, after: Tasks) -> float:
         """Return the p-value of the mean gain over tasks: exact for one task, Monte Carlo for several."""
@@ -137,6 +141,7 @@ class MeanIoU(Metric):
 
     name = "mIoU"
     image_test_name = "test by exchanging the two conditions image by image"
+    share = staticmethod(_miou)
 
     def records(self, arrays: dict[str, NDArray]) -> NDArray:
         """Return the records of a predictions file's cells [cells, images, 3, classes]."""
@@ -160,17 +165,12 @@ class MeanIoU(Metric):
         """Return the gain in points by seed [seeds]."""
         return self._by_seed(after) - self._by_seed(before)
 
-    def draws(self, *conditions: Tasks, resamples: int, seed: int = 0) -> NDArray:
-        """Return what :meth:`Metric.draws` does."""
-        tasks = [np.stack(task) for task in zip(*conditions, strict=True)]
-        return stats.crossed_bootstrap(tasks, resamples, seed, _miou)
-
-    def image_test(self, before: Tasks, after: Tasks, exchanges: int = _EXCHANGES, seed: int = 0) -> float:
+    def image_test(self, before: Tasks, after: Tasks, exchanges: int = _EXCHANGES) -> float:
         """Return the two-sided Monte Carlo p-value of the mean gain over tasks, never below 1 / (1 + exchanges).
 
         Under the null, exchanging the two conditions of an image under all seeds at once changes nothing.
         """
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(0)
         observed = np.mean([self.gains(*task).mean() for task in zip(before, after, strict=True)])
         null = np.mean([self._exchanged(a, b, exchanges, rng) for a, b in zip(before, after, strict=True)], axis=0)
         return float((1 + (np.abs(null) >= abs(observed) - 1e-9).sum()) / (1 + exchanges))

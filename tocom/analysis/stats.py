@@ -1,7 +1,7 @@
 """Paired statistics: does a condition beat the plain one, by how much, and how sure is that?
 
-One comparison is a difference [seeds, images] in {-1, 0, 1}: whether an image is right with the compensator minus
-whether it is right without it (cast to int first; numpy does not subtract booleans). All seeds see the same images.
+One comparison is a difference [seeds, images] of integers in {-1, 0, 1}: whether an image is right with the compensator
+minus whether it is right without it. All seeds see the same images.
 Every test is two-sided and each answers a question of its own:
 
 =================================  ==================================================================================
@@ -16,18 +16,18 @@ A bootstrap interval covers images and seeds together.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
-from tocom.errors import TocomError
-
 #: Most bootstrap counts to hold at once (8 bytes each).
 _CHUNK = 2**22
 #: Decimals of a percentage point that count; the rest is round-off, which must not break ties.
 _DECIMALS = 9
+#: What share of draws an interval holds.
+_LEVEL = 0.95
 
 
 # --- intervals ----------------------------------------------------------------------------------------------
@@ -43,7 +43,7 @@ def gap_closed(plain: float, compensated: float, matched: float) -> float:
     return (compensated - plain) / (matched - plain) if matched > plain else float("nan")
 
 
-def interval_of_gap(means: NDArray, observed: ArrayLike, level: float = 0.95) -> tuple[float, float]:
+def interval_of_gap(means: NDArray, observed: ArrayLike) -> tuple[float, float]:
     """Return the percentile interval of the share of a gap that is closed.
 
     Draws without a gap are left out; where the data themselves show none, both ends are NaN, as :func:`gap_closed` is.
@@ -54,7 +54,7 @@ def interval_of_gap(means: NDArray, observed: ArrayLike, level: float = 0.95) ->
     means = means[means[:, 2] > means[:, 0]]
     if observed[2] <= observed[0] or not len(means):
         return float("nan"), float("nan")
-    return interval((means[:, 1] - means[:, 0]) / (means[:, 2] - means[:, 0]), level)
+    return interval((means[:, 1] - means[:, 0]) / (means[:, 2] - means[:, 0]))
 
 
 def crossed_bootstrap(
@@ -71,17 +71,12 @@ def crossed_bootstrap(
     counts are drawn for distinct columns: a few dozen numbers a draw, whatever the number of images.
 
     Args:
-        tasks: each [conditions, seeds, images, ...]; what is behind the images is averaged over them.
+        tasks: each [conditions, seeds, images, ...] of the same seeds; what is behind the images is averaged over them.
         score: makes a score [...] of such averages.
 
     Returns:
         Scores [resamples, conditions], averaged over seeds and tasks.
-
-    Raises:
-        TocomError: the tasks differ in their number of seeds.
     """
-    if len({task.shape[1] for task in tasks}) > 1:
-        raise TocomError(f"tasks have {[task.shape[1] for task in tasks]} seeds; run the same seeds in every task")
     n_conditions, n_seeds = tasks[0].shape[:2]
     rng = np.random.default_rng(seed)
     seed_weights = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=resamples) / n_seeds
@@ -90,66 +85,52 @@ def crossed_bootstrap(
         n_images, *rest = task.shape[2:]
         flat = np.moveaxis(task, 2, -1).reshape(-1, n_images)
         columns, counts = np.unique(flat, axis=1, return_counts=True)
-        for rows in _chunks(resamples, max(columns.shape)):
+        step = max(1, _CHUNK // max(columns.shape))
+        for start in range(0, resamples, step):
+            rows = slice(start, min(start + step, resamples))
             image_weights = rng.multinomial(n_images, counts / n_images, size=rows.stop - rows.start) / n_images
             by_seed = score((image_weights @ columns.T).reshape(-1, n_conditions, n_seeds, *rest))
             total[rows] += np.einsum("rcs,rs->rc", by_seed, seed_weights[rows])
     return total / len(tasks)
 
 
-def _chunks(length: int, width: int) -> Iterator[slice]:
-    step = max(1, _CHUNK // width)
-    return (slice(start, min(start + step, length)) for start in range(0, length, step))
-
-
-def interval(values: NDArray, level: float = 0.95) -> tuple[float, float]:
+def interval(values: NDArray) -> tuple[float, float]:
     """Return the ends of the percentile interval of some draws."""
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(values, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
     return float(low), float(high)
 
 
 # --- tests --------------------------------------------------------------------------------------------------
 
 
-def sign_flip_test(difference: ArrayLike) -> float:
+def sign_flip_test(difference: NDArray) -> float:
     """Return the exact two-sided p-value of a paired permutation test on images.
 
     Question: would these trained models gain on other images of the task? Under the null, exchanging the two
     conditions of an image under all seeds at once changes nothing. Seeds of one image are thus free to agree, which
     would make a test on all seed-image pairs overconfident. With one seed this is the exact McNemar test.
 
-    Args:
-        difference: [seeds, images] in {-1, 0, 1}.
-
     Returns:
         p in (0, 1], 1 when no image has a net difference.
-
-    Raises:
-        TocomError: the difference is empty, has another shape, or holds anything but -1, 0 and 1.
     """
-    return _sign_flip_p(_difference(difference).sum(axis=0, dtype=int))
+    return _sign_flip_p(difference.sum(axis=0, dtype=int))
 
 
-def pooled_sign_flip_test(differences: Sequence[ArrayLike], resamples: int = 100_000, seed: int = 0) -> float:
+def pooled_sign_flip_test(differences: Sequence[NDArray], resamples: int = 100_000, seed: int = 0) -> float:
     """Return the two-sided Monte Carlo p-value of the sign-flip test for the mean over tasks of the mean gain.
 
     Question: would these trained models gain on other images of these tasks, on average over the tasks?
 
     Args:
-        differences: for each task [seeds, images of the task] in {-1, 0, 1}.
+        differences: one for each task.
         resamples: draws of the null. seed: of the draws.
 
     Returns:
         p = (1 + draws at least as extreme) / (1 + draws), so never below 1 / (1 + resamples).
-
-    Raises:
-        TocomError: there is no task, or one is no such array.
     """
-    if not len(differences):
-        raise TocomError("there is no task to compare; give at least one")
     rng = np.random.default_rng(seed)
     null, observed, largest = np.zeros(resamples), 0.0, 0.0
-    for difference in map(_difference, differences):
+    for difference in differences:
         net = difference.sum(axis=0, dtype=int)
         for magnitude, count in zip(*_magnitudes(net), strict=True):
             # the sum of `count` fair signs is 2 * Binomial(count, 1/2) - count
@@ -243,15 +224,3 @@ def holm(p_values: ArrayLike) -> NDArray:
 def stars(p: float) -> str:
     """Return ``***`` for p < 0.001, ``**`` for p < 0.01, ``*`` for p < 0.05, and nothing above or for NaN."""
     return "*" * sum(p < level for level in (0.05, 0.01, 0.001))
-
-
-# --- what goes in -------------------------------------------------------------------------------------------
-
-
-def _difference(difference: ArrayLike) -> NDArray:
-    difference = np.asarray(difference)
-    if difference.ndim != 2 or not difference.size:
-        raise TocomError(f"a difference is [seeds, images] and not empty; this one has shape {list(difference.shape)}")
-    if not np.isin(difference, (-1, 0, 1)).all():
-        raise TocomError("a difference holds -1, 0 and 1 only; subtract signed integers, one for each image")
-    return difference.astype(np.int8)

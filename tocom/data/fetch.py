@@ -23,7 +23,7 @@ from urllib.parse import quote, unquote, urlsplit
 from tqdm import tqdm
 
 from tocom.data.catalogue import Catalogue, CatalogueOrPath, DataSet, RemoteFile, as_catalogue, owner_of, size_text
-from tocom.data.families import FAMILIES, check_layout
+from tocom.data.families import check_layout
 from tocom.data.store import RECORD, SUMS, FetchedFile, Record, folder_of, hidden, read_record
 from tocom.data.unpack import unpack
 from tocom.errors import TocomError
@@ -39,11 +39,11 @@ _log = logging.getLogger(__name__)
 
 
 class _MirrorError(Exception):
-    """A mirror did not give the file; ``final`` if asking it again would not help, ``wrong`` if it gave another."""
+    """A mirror did not give the file; ``final`` if asking it again would not help."""
 
-    def __init__(self, reason: str, final: bool = True, wrong: bool = False):
+    def __init__(self, reason: str, final: bool = True):
         super().__init__(reason)
-        self.final, self.wrong = final, wrong
+        self.final = final
 
 
 def _bar(items: Iterable | None = None, **options) -> tqdm:
@@ -84,8 +84,7 @@ def _download(file: RemoteFile, url: str, folder: Path, title: str) -> Path:
         raise _MirrorError(type(error).__name__, final=False) from None  # such as ConnectTimeout, SSLError
     except ValueError as error:  # pooch's way to say that the hash is wrong; it has deleted the file
         found = re.search(r"but got (\w+)", str(error))
-        algorithm = (file.checksum or "").partition(":")[0]
-        raise _MirrorError(f"found {algorithm}:{found[1]}" if found else str(error), wrong=True) from None
+        raise _MirrorError(f"wrong checksum {found[1]}, expected {file.checksum}" if found else str(error)) from None
 
 
 def _as_it_is(response, **_: object) -> None:
@@ -228,8 +227,10 @@ class _Job:
     def run(self) -> None:
         """Leave a complete data set in place, or raise and leave no more than the module's text says."""
         local = self._local_files()
-        if self.source is not None and (not local or self._is_unpacked(local)):
-            self._register(Path(self.source).absolute())
+        archives = [file.name for file in self.entry.files if file.unpack is not None]
+        # Some data sets keep plain files beside what is unpacked, so those alone make no download.
+        if self.source is not None and Path(self.source).is_dir() and not local.keys() & (archives or local.keys()):
+            self._register(Path(self.source).absolute(), archives)
             return
         self._check_by_hand(local)
         self._check_space()
@@ -264,17 +265,7 @@ class _Job:
             raise TocomError(f"--from {self.source} is no file of {self.name}; its files are: {names}")
         return local
 
-    def _is_unpacked(self, local: dict[str, Path]) -> bool:
-        """Whether ``source`` has all but the archives: some data sets keep plain files beside what is unpacked."""
-        archives = {file.name for file in self.entry.files if file.unpack is not None}
-        if not archives or archives & local.keys() or self.entry.family not in FAMILIES:
-            return False
-        with contextlib.suppress(TocomError):
-            check_layout(self.name, Path(self.source), self.catalogue)
-            return True
-        return False
-
-    def _register(self, source: Path) -> None:
+    def _register(self, source: Path, archives: list[str]) -> None:
         """Note where an unpacked data set lies, if it is one; nothing is copied."""
         files = _files_below(source)
         if not files:
@@ -282,9 +273,8 @@ class _Job:
         try:
             check_layout(self.name, source, self.catalogue)
         except TocomError as error:
-            names = ", ".join(file.name for file in self.entry.files)
-            archives = f", nor does it hold {names}" if names else ""
-            raise TocomError(f"--from {source} is not {self.name} as it is unpacked{archives}: {error}") from None
+            nor = f", nor does it hold {', '.join(archives)}" if archives else ""
+            raise TocomError(f"--from {source} is not {self.name} as it is unpacked{nor}: {error}") from None
         size = sum(path.stat().st_size for path in files)
         with self._in_place() as staging:
             _write(Record(data_set=self.name, count=len(files), bytes=size, folder=str(source)), staging)
@@ -335,17 +325,11 @@ class _Job:
                 time.sleep(WAIT * 2**attempt)
         with contextlib.suppress(OSError):
             self.download.rmdir()  # if nothing in it was verified
-        raise TocomError(self._report(file, problems))
-
-    def _report(self, file: RemoteFile, problems: dict[str, _MirrorError]) -> str:
         reasons = "; ".join(f"{_host(url)}: {problem}" for url, problem in problems.items())
-        elsewhere = "give another mirror with --mirror URL or a copy of your own with --from PATH"
-        if all(problem.wrong for problem in problems.values()):
-            return (
-                f"{self.name}: {file.name} has the wrong checksum on every mirror, expected {file.checksum}: {reasons};"
-                f" look for news at {self.entry.homepage}, or {elsewhere}"
-            )
-        return f"cannot fetch {self.name}: {file.name}: {reasons}; try again later, or {elsewhere}"
+        raise TocomError(
+            f"cannot fetch {self.name}: {file.name}: {reasons}; try again later (news: {self.entry.homepage}),"
+            " or give another mirror with --mirror URL or a copy of your own with --from PATH"
+        )
 
     # --- unpack and move into place
 

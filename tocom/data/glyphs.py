@@ -126,14 +126,6 @@ def rotation(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return colourise(np.stack(drawn), rng), labels.astype(np.int64)
 
 
-def font(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """In which of the 16 fonts is the letter set?"""
-    rng = np.random.default_rng([seed, 2])
-    labels = rng.integers(len(FONTS), size=n)
-    drawn = [place(rng.choice(list(LETTERS)), FONTS[label], **_free_pose(rng, angle=5.0)) for label in labels]
-    return colourise(np.stack(drawn), rng), labels.astype(np.int64)
-
-
 def counting(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """How many letters are there (1 to 6), each in its own cell of a 3 x 3 grid?"""
     rng = np.random.default_rng([seed, 3])
@@ -144,13 +136,6 @@ def counting(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
         glyphs = [_in_cell(rng, cell) for cell in cells]
         drawn.append(np.clip(np.sum(glyphs, axis=0), 0.0, 1.0))
     return colourise(np.stack(drawn), rng), labels.astype(np.int64)
-
-
-def location(n: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """In which cell of a 3 x 3 grid does the letter lie (9 classes)?"""
-    rng = np.random.default_rng([seed, 4])
-    labels = rng.integers(9, size=n)
-    return colourise(np.stack([_in_cell(rng, label) for label in labels]), rng), labels.astype(np.int64)
 
 
 def _in_cell(rng: np.random.Generator, cell: int) -> np.ndarray:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.functional import to_pil_image
 
 from tocom.data.images import open_image
 from tocom.errors import TocomError
@@ -51,19 +52,13 @@ class TrainImages(Dataset):
         """Return image [3, H, W] and label [] for (epoch, index)."""
         epoch, index = key
         image = self.images[index]
-        image = _to_pil(image) if isinstance(image, Tensor) else open_image(image)
+        image = to_pil_image(image.cpu()) if isinstance(image, Tensor) else open_image(image)
         with own_random_state(self.seed, "image", epoch, index):
             return self.transform(image), self.labels[index]
 
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.labels)
-
-
-def _to_pil(image: Tensor):
-    from PIL import Image
-
-    return Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
 
 
 def train_transform(model: nn.Module, settings: Augmentation) -> Callable:
@@ -134,11 +129,7 @@ def in_one_line(items: Iterator) -> Iterator:
     try:
         yield from items
     except TocomError as error:
-        raise TocomError(str(error).strip().splitlines()[-1].removeprefix(f"{_name(TocomError)}: ")) from None
-
-
-def _name(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+        raise TocomError(str(error).strip().splitlines()[-1].removeprefix("tocom.errors.TocomError: ")) from None
 
 
 def mixer(settings: Augmentation, classes: int, label_smoothing: float):

@@ -17,6 +17,7 @@ import pkgutil
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,41 +97,32 @@ class OwnOptions(Settings):
         return self
 
 
-def as_source(source: OwnOptions | Mapping[str, Any], name: str) -> OwnOptions:
-    """Return options as they are, and a mapping of them checked.
-
-    Raises:
-        TocomError: the mapping has a mistake.
-    """
-    if isinstance(source, OwnOptions):
-        return source
-    try:
-        return OwnOptions.model_validate(source)
-    except ValidationError as error:
-        raise explain(error, f"task {name!r}", {"": OwnOptions}) from None
-
-
-def read_own(name: str, source: OwnOptions, cache: Path) -> Listing:
+def read_own(name: str, source: OwnOptions | Mapping[str, Any], cache: Path) -> Listing:
     """List the images of a task of the user.
 
     Args:
         name: what the config calls the task; errors begin with it.
+        source: a mapping of the options will do.
         cache: folder below which images of a Hub data set are kept as files.
 
     Raises:
         TocomError: something is missing, malformed or unreadable, or a class has test but no training images.
     """
-    readers: dict[str, Callable[[], Listing]] = {
-        "folder": lambda: _read_folder(source),
-        "segment": lambda: _read_segment(source),
-        "csv": lambda: _read_csv(source),
-        "hub": lambda: _read_hub(source, Path(cache)),
-        "python": lambda: _read_python(source),
-    }
+    try:
+        source = OwnOptions.model_validate(source)
+    except ValidationError as error:
+        raise explain(error, f"task {name!r}", {"": OwnOptions}) from None
     if source.kind is None:
         raise TocomError(f"task {name!r}: no source; give one of {', '.join(OPTIONS)}")
+    readers: dict[str, Callable[[OwnOptions], Listing]] = {
+        "folder": _read_folder,
+        "segment": _read_segment,
+        "csv": _read_csv,
+        "hub": partial(_read_hub, cache=Path(cache)),
+        "python": _read_python,
+    }
     try:
-        return readers[source.kind]()
+        return readers[source.kind](source)
     except TocomError as error:
         raise TocomError(f"task {name!r}: {error}") from error
 
@@ -159,10 +151,17 @@ def _listing(
             raise TocomError(f"{where}: the {split} split is empty; check its folder or lists")
     indices, found = _encode(labels, where)
     stated = source.classes or classes
-    if stated is None and found is None:
-        _check_numbering(indices["train"], where)
-    if source.classes is None:
-        _check_train_has_all(indices, found, where)
+    trained = np.unique(indices["train"])
+    absent = np.flatnonzero(trained != np.arange(len(trained)))
+    if stated is None and found is None and len(absent):  # usually they count from 1
+        odd = f"label {trained[0]} is negative" if trained[0] < 0 else f"no training image has label {absent[0]}"
+        raise TocomError(f"{where}: {odd}; number classes from 0 without gaps, use names, or state `classes: N`")
+    for split in indices if source.classes is None else ():
+        for label in np.setdiff1d(indices[split], trained).tolist():
+            raise TocomError(
+                f"{where}: class {found[label] if found else label!r} is in {split} but not in train;"
+                " add training images, remove it, or state `classes: N`"
+            )
     splits = {}
     for split in (split for split in SPLITS if split in indices):
         kind = "arrays" if isinstance(images[split], np.ndarray) else "files"
@@ -191,25 +190,6 @@ def _encode(labels: Mapping[str, Sequence], where: str) -> tuple[dict[str, np.nd
     except OverflowError:
         longest = max(known, key=len)
         raise TocomError(f"{where}: {longest[:18]}... is no label; number classes from 0, or use names") from None
-
-
-def _check_numbering(train: np.ndarray, where: str) -> None:
-    """Refuse class indices that do not count from 0 without gaps; usually they count from 1."""
-    found = np.unique(train)
-    absent = np.flatnonzero(found != np.arange(len(found)))
-    if len(absent):
-        odd = f"label {found[0]} is negative" if found[0] < 0 else f"no training image has label {absent[0]}"
-        raise TocomError(f"{where}: {odd}; number classes from 0 without gaps, use names, or state `classes: N`")
-
-
-def _check_train_has_all(indices: Mapping[str, np.ndarray], names: list[str] | None, where: str) -> None:
-    """Refuse classes that are tested or chosen on but not trained."""
-    for split in indices:
-        for label in np.setdiff1d(indices[split], indices["train"]).tolist():
-            raise TocomError(
-                f"{where}: class {names[label] if names else label!r} is in {split} but not in train;"
-                " add training images, remove it, or state `classes: N`"
-            )
 
 
 def _check_files(files: Sequence[Path], where: str, hint: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -15,14 +14,8 @@ from tocom.data.listing import SPLITS
 from tocom.data.registry import read, unpack_paths
 from tocom.data.scenes import IGNORED
 from tocom.errors import TocomError
-
-
-class ViewSettings(Protocol):
-    """How training views are drawn: the range of the factor on an image's scale, and how often it is flipped."""
-
-    min_scale: float
-    max_scale: float
-    horizontal_flip: float
+from tocom.seeds import derive_seed
+from tocom.settings import SegmentSettings
 
 
 @dataclass(frozen=True)
@@ -65,7 +58,7 @@ class Split:
 
 
 def random_view(
-    split: Split, index: int, settings: ViewSettings, rng: np.random.Generator
+    split: Split, index: int, settings: SegmentSettings, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return a training view: scaled at random, cut out at random, perhaps flipped.
 
@@ -108,13 +101,11 @@ class TrainViews:
     A view depends on (seed, epoch, index) alone, so the number of loading processes does not change it.
     """
 
-    def __init__(self, split: Split, settings: ViewSettings, seed: int):
+    def __init__(self, split: Split, settings: SegmentSettings, seed: int):
         self.split, self.settings, self.seed = split, settings, seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         """Return the view of an image in an epoch: uint8 [3, S, S] and labels int64 [S, S]."""
-        from tocom.seeds import derive_seed
-
         epoch, index = key
         rng = np.random.default_rng(derive_seed(self.seed, "view", epoch, index))
         image, labels = random_view(self.split, index, self.settings, rng)

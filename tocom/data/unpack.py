@@ -1,7 +1,7 @@
 """Unpack archives from the network, with everything refused that a data set has no need of.
 
 The standard library's checks (``tarfile.data_filter``: nothing leaves the folder, no devices) come on top of ours:
-no member is written through a link or over another one, and no more bytes or files come out than are expected.
+no member is written through a link or over another one, and no more bytes come out than are expected.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ from pathlib import Path, PurePosixPath
 
 from tocom.errors import TocomError
 
-#: More than twice the files of the largest data set in the catalogue (ImageNet-1k, 1.3 million).
-MAX_MEMBERS = 3_000_000
 _ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 _CORRUPT = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, NotImplementedError, ValueError)
 
@@ -35,11 +33,10 @@ class _RefusedError(Exception):
 
 @dataclass
 class _Target:
-    """The folder to unpack into, and how many bytes and members it may still take."""
+    """The folder to unpack into, and how many bytes it may still take."""
 
     folder: Path
     bytes: int
-    members: int
     advance: Callable[[int], object]
 
     def admit(self, name: str, size: int, is_folder: bool) -> None:
@@ -54,20 +51,13 @@ class _Target:
         there = self.folder / path
         if there.is_symlink() or (there.exists() and not (is_folder and there.is_dir())):
             raise _RefusedError(f"{name!r} is in it twice, or would overwrite a file of another archive")
-        self.members -= 1
         self.bytes -= size
-        if self.members < 0 or self.bytes < 0:
-            raise _RefusedError("it unpacks to far more files or bytes than the catalogue says")
+        if self.bytes < 0:
+            raise _RefusedError("it unpacks to far more bytes than the catalogue says")
         self.advance(size)
 
 
-def unpack(
-    archive: Path,
-    folder: Path,
-    max_bytes: int,
-    max_members: int = MAX_MEMBERS,
-    advance: Callable[[int], object] = lambda size: None,
-) -> int:
+def unpack(archive: Path, folder: Path, max_bytes: int, advance: Callable[[int], object] = lambda size: None) -> int:
     """Unpack an archive into a folder, which may hold files already (none is overwritten).
 
     On an error the folder is left as it is, half full: give a temporary one.
@@ -75,7 +65,6 @@ def unpack(
     Args:
         archive: a zip, or a tar of whichever compression.
         max_bytes: the most that its files may take, unpacked.
-        max_members: the most files, folders and links that it may hold.
         advance: called with the bytes of each file, for a progress bar.
 
     Returns:
@@ -85,7 +74,7 @@ def unpack(
         TocomError: the archive is corrupt, or holds something that is refused.
         OSError: the disk is full.
     """
-    archive, target = Path(archive), _Target(Path(folder), max_bytes, max_members, advance)
+    archive, target = Path(archive), _Target(Path(folder), max_bytes, advance)
     target.folder.mkdir(parents=True, exist_ok=True)
     try:
         (_unpack_zip if archive.name.lower().endswith(".zip") else _unpack_tar)(archive, target)

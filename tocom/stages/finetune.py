@@ -53,15 +53,15 @@ def finetune(
         TocomError: an input is missing or corrupt, a degree is out of range, the loss turns NaN, or an operation's
             results vary from run to run and ``deterministic`` is set.
     """
-    make_deterministic(job.recipe.threads, job.recipe.deterministic)
-    device = distributed.own_device(pick_device(job.recipe.device))
-    for checkpoint in job.checkpoints:
-        source_degree(checkpoint.train_degree)  # refuses what is out of range before anything is trained
+    tuning = make_part("tuning", job.tuning, max_degree=job.max_degree)
+    _check(job, tuning)
+    make_deterministic(job.training.threads, job.training.deterministic)
+    device = distributed.own_device(pick_device(job.training.device))
     with distributed.processes(device):
         task = load_task(data, device)
         if task.kind != job.task_kind:
             raise TocomError(f"{data} is a task to {task.kind}, the job is one to {job.task_kind}; set task_kind")
-        run = _Run(job, backbone, data, task, Path(output), learned, workers)
+        run = _Run(job, tuning, backbone, data, task, Path(output), learned, workers)
         written = [run.write(checkpoint) for checkpoint in job.checkpoints]
         # Kept until all are there: a job that is killed before it is done makes the first ones again at once.
         for checkpoint in job.checkpoints:
@@ -69,13 +69,29 @@ def finetune(
     return written
 
 
+def _check(job: FinetuneJob, tuning: Tuning) -> None:
+    """Refuse, before anything is trained, what a tuning cannot do or would do under another name."""
+    if job.fine_tuned is not None and tuning.trains_anything:
+        raise TocomError("fine_tuned goes with a tuning that trains nothing (tuning: none); leave one of them out")
+    for label, _ in job.checkpoints:
+        source = source_degree(label)
+        if not tuning.trains_anything:
+            continue
+        if label not in tuning.labels(tuning.options, () if source is None else (source,)):
+            fitting = ", ".join(tuning.labels(tuning.options, ())) or "a whole number"
+            raise TocomError(f"train degree {label!r} does not go with the tuning {describe(tuning)}; give {fitting}")
+        if source is None and not job.max_degree:
+            raise TocomError(f"train degree {label!r} needs to know how far to draw; give max_degree")
+
+
 class _Run:
     """What the checkpoints of one job share."""
 
-    def __init__(self, job: FinetuneJob, backbone, data, task: Task, output: Path, learned, workers: int):
-        self.job, self.backbone, self.data, self.task, self.output = job, backbone, data, task, output
-        self.learned, self.workers, self.settings = learned, workers, job.recipe
-        self.tuning: Tuning = make_part("tuning", job.tuning, max_degree=job.max_degree)
+    def __init__(
+        self, job: FinetuneJob, tuning: Tuning, backbone, data, task: Task, output: Path, learned, workers: int
+    ):
+        self.job, self.tuning, self.settings, self.task = job, tuning, job.training, task
+        self.backbone, self.data, self.output, self.learned, self.workers = backbone, data, output, learned, workers
 
     def state(self, checkpoint: Checkpoint) -> Path:
         """Return the path beside which an interrupted training keeps its state: not in a folder that is made anew."""
@@ -136,8 +152,7 @@ class _Run:
         task_loss, loader = task.training(module, vit, settings, run_seed, self.workers)
 
         def step(batch) -> torch.Tensor:
-            penalty = vit.compressor.penalty()
-            return task_loss(batch) + penalty if torch.is_tensor(penalty) else task_loss(batch)
+            return task_loss(batch) + vit.compressor.penalty()  # in this order: it may be about this forward pass
 
         record = fit(
             step,

@@ -141,7 +141,13 @@ def learn(
         objective.compiled(lambda vit: compiled(vit, settings))
         files = None if settings.source is None else pretraining_files(settings.source, job.data_root)
         images, held_out = _pretraining_images(teacher, files, settings)
-        trained = _train(part, objective, teacher, images, held_out, job, sha256(resolve(backbone)), output, workers)
+        identity = {
+            "backbone": sha256(resolve(backbone)),
+            "learned": None if learned is None else sha256(learned),
+            "job": job.recipe(),
+            "images": _identity(images, held_out),
+        }
+        trained = _train(part, objective, teacher, images, held_out, job, identity, output, workers)
         described = {
             "backbone": about["architecture"],
             "backbone_sha256": about["sha256"],
@@ -166,7 +172,7 @@ def _train(
     images: Tensor | list[Path],
     held_out: Tensor,
     job: LearnJob,
-    backbone_sha256: str,
+    identity: dict,
     output: str | os.PathLike,
     workers: int,
 ) -> dict:
@@ -195,7 +201,7 @@ def _train(
         settings.seed,
         score,
         f"learn {describe(part)['kind']} seed {settings.seed}",
-        {"backbone": backbone_sha256, "job": job.recipe(), "images": _identity(images, held_out)},
+        identity,
         resume_path(output),
         lambda: objective.set(objective.draw()),
         loader,

@@ -155,7 +155,10 @@ def side_by_side(
 
 
 def throughput(
-    job: ThroughputJob, backbone: str | os.PathLike, compensators: Mapping[str, str | os.PathLike]
+    job: ThroughputJob,
+    backbone: str | os.PathLike,
+    compensators: Mapping[str, str | os.PathLike],
+    learned: str | os.PathLike | None = None,
 ) -> list[dict]:
     """Time the uncompressed model, the compressed model and the compressed model with each compensator folded in.
 
@@ -164,6 +167,7 @@ def throughput(
 
     Args:
         compensators: method -> file, for the job's methods that add one.
+        learned: the compressor's parameters, if it is one that is learned on the backbone.
 
     Returns:
         A row for each (degree, method): images_per_second (median), speedup (over the uncompressed model), ratio (time
@@ -183,7 +187,7 @@ def throughput(
     parts = {name: load_part(path, "compensator").to(device) for name, path in added.items()}
     rows = []
     for degree in bar(job.degrees, "throughput"):
-        vits = {name: _make(backbone, device, job) for name in (None, "", *parts)}
+        vits = {name: _make(backbone, device, job, learned) for name in (None, "", *parts)}
         vits[""].set_degree(degree)
         for name, part in parts.items():
             vits[name].attach(part).set_degree(degree)
@@ -238,11 +242,14 @@ def _training_columns(
     }
 
 
-def _make(backbone: str | os.PathLike, device: torch.device, job: ThroughputJob) -> CompressedViT:
+def _make(
+    backbone: str | os.PathLike, device: torch.device, job: ThroughputJob, learned: str | os.PathLike | None
+) -> CompressedViT:
     model, about = load_model(backbone)
     if job.image_size is not None:
         set_image_size(model, job.image_size)
-    return compress(model.to(device), about, job.compressor).eval()
+    compressor = job.compressor if learned is None else load_part(learned, "compressor")
+    return compress(model.to(device), about, compressor).eval()
 
 
 def random_images(vit: CompressedViT, batch_size: int, device: torch.device) -> torch.Tensor:

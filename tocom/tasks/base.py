@@ -30,7 +30,6 @@ class Task(abc.ABC):
 
     kind: ClassVar[str]
     metric: ClassVar[str]
-    Settings: ClassVar[type[Settings]]
     n_train: int
 
     def __init__(self, about: dict, device: torch.device):

@@ -35,7 +35,7 @@ class Split:
 class Classification(Task):
     """A task with one class for every image."""
 
-    kind, metric, Settings = "classify", "accuracy", FinetuneSettings
+    kind, metric = "classify", "accuracy"
 
     def __init__(self, path: str | os.PathLike, arrays: dict[str, np.ndarray], about: dict, device: torch.device):
         super().__init__(about, device)

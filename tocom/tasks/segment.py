@@ -81,7 +81,7 @@ class Segmenter(nn.Module):
 class Segmentation(Task):
     """A task with one class for every pixel."""
 
-    kind, metric, Settings = "segment", "mIoU", SegmentSettings
+    kind, metric = "segment", "mIoU"
 
     def __init__(self, path: str | os.PathLike, arrays: dict[str, np.ndarray], about: dict, device: torch.device):
         super().__init__(about, device)

@@ -68,6 +68,7 @@ rule throughput:
     input:
         backbone=PLAN.backbone_file,
         compensators=lambda wildcards: PLAN.timed_compensators(wildcards).values(),
+        learned=PLAN.learned_compressor,
     output:
         THROUGHPUT,
     log:
@@ -87,5 +88,7 @@ rule throughput:
         compensators=lambda wildcards, input: named(
             "--compensator", PLAN.timed_compensators(wildcards), input.compensators
         ),
+        learned=lambda wildcards, input: [f"--learned {path}" for path in input.learned],
     shell:
-        "tocom throughput {params.job:q} --backbone {input.backbone:q} {params.compensators} --output {output} > {log} 2>&1"
+        "tocom throughput {params.job:q} --backbone {input.backbone:q} {params.compensators} {params.learned}"
+        " --output {output} > {log} 2>&1"

@@ -14,11 +14,11 @@ rule finetune:
         f"{ROOT}/benchmarks/finetune/{{backbone}}/{{tuned}}/{{task}}/{{batch}}.tsv"
     conda:
         "../envs/tocom.yaml"
-    threads: lambda wildcards: PLAN.finetune(wildcards).recipe.threads
+    threads: lambda wildcards: PLAN.finetune(wildcards).training.threads
     resources:
         mem_mb=growing(2000),
         runtime=growing(120),
-        gpu=gpus(PLAN.finetune, lambda job: job.recipe),
+        gpu=gpus(PLAN.finetune, lambda job: job.training),
         # How the work is done changes no result; profiles say it (set-resources, set-threads).
         workers=0,
         processes=1,

@@ -1,7 +1,8 @@
 """Readers of the downloaded data sets: a family is a module with ``listing(folder, name) -> Listing``.
 
 A reader takes the folder that `tocom data fetch` has filled, in the layout of the original archives, and decodes no
-image. To add a data set in a known layout, add an entry to the catalogue; for another layout add a module here.
+image; it raises a TocomError where a list or an image is missing or not what it should be. To add a data set in a
+known layout, add an entry to the catalogue; for another layout add a module here.
 """
 
 from __future__ import annotations

@@ -12,33 +12,22 @@ from pathlib import Path
 from tocom.data.families.reading import items_of, read_mat, reading
 from tocom.data.listing import Items, Listing
 
+#: What marks the images of a split in the list of both.
+FLAGS = {"train": 0, "test": 1}
+
 
 def listing(folder: Path, name: str) -> Listing:
-    """Return the official train and test images, in the order of the annotations.
-
-    Raises:
-        TocomError: an annotation file is missing or malformed, or an image is missing.
-    """
-    if (folder / "cars_annos.mat").is_file():
-        return _one_folder(folder, name)
-    (classes,) = read_mat(folder / "devkit" / "cars_meta.mat", "class_names")
-    splits = {
-        "train": _annotated(folder / "devkit" / "cars_train_annos.mat", _images(folder, "train")),
-        "test": _annotated(folder / "cars_test_annos_withlabels.mat", _images(folder, "test")),
-    }
-    return Listing(len(classes), "FGVC", name, splits)
-
-
-def _one_folder(folder: Path, name: str) -> Listing:
+    """Return the official train and test images, in the order of the annotations."""
     lists = folder / "cars_annos.mat"
-    annotations, classes = read_mat(lists, "annotations", "class_names")
-    splits = {}
-    for split, flag in (("train", 0), ("test", 1)):
-        with reading(lists):
-            chosen = annotations[annotations["test"].astype(int) == flag]
-            files = [folder / path for path in chosen["relative_im_path"]]
-            labels = [int(label) - 1 for label in chosen["class"]]
-        splits[split] = items_of(files, labels, lists)
+    if lists.is_file():
+        (classes,) = read_mat(lists, "class_names")
+        splits = {split: _annotated(lists, folder, "relative_im_path", flag) for split, flag in FLAGS.items()}
+    else:
+        (classes,) = read_mat(folder / "devkit" / "cars_meta.mat", "class_names")
+        splits = {
+            "train": _annotated(folder / "devkit" / "cars_train_annos.mat", _images(folder, "train")),
+            "test": _annotated(folder / "cars_test_annos_withlabels.mat", _images(folder, "test")),
+        }
     return Listing(len(classes), "FGVC", name, splits)
 
 
@@ -48,9 +37,11 @@ def _images(folder: Path, split: str) -> Path:
     return folder / folder.name if (folder / folder.name).is_dir() else folder
 
 
-def _annotated(lists: Path, images: Path) -> Items:
+def _annotated(lists: Path, images: Path, field: str = "fname", flag: int | None = None) -> Items:
+    """Return the annotated images of a list; those with a flag, if the list holds both splits."""
     (annotations,) = read_mat(lists, "annotations")
     with reading(lists):
-        files = [images / file for file in annotations["fname"]]
-        labels = [int(label) - 1 for label in annotations["class"]]
-    return items_of(files, labels, lists)
+        chosen = annotations if flag is None else annotations[annotations["test"].astype(int) == flag]
+        files = [images / path for path in chosen[field]]
+        labels = chosen["class"]
+    return items_of(files, labels, lists, first=1)

@@ -27,11 +27,7 @@ class ArrayUnpickler(pickle.Unpickler):
     """Reads lists, dicts, numbers, texts and NumPy arrays; refuses every other object, so no code can run."""
 
     def find_class(self, module: str, name: str):
-        """Return one of the few callables that an array needs.
-
-        Raises:
-            pickle.UnpicklingError: the pickle asks for another one.
-        """
+        """Return one of the few callables that an array needs."""
         try:
             return _NUMPY[module, name]
         except KeyError:
@@ -39,22 +35,14 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def read_batch(path: Path, *keys: str) -> tuple:
-    """Return entries of a pickled dict.
-
-    Raises:
-        TocomError: the file is missing, no such dict, or holds anything but data.
-    """
+    """Return entries of a pickled dict, which may hold data only."""
     with reading(path, pickle.UnpicklingError, ImportError, MemoryError, OverflowError), path.open("rb") as stream:
         batch = ArrayUnpickler(stream, encoding="latin1").load()
         return tuple(batch[key] for key in keys)
 
 
 def listing(folder: Path, name: str) -> Listing:
-    """Return CIFAR-100's train and test images, arrays [n, 3, 32, 32], with the fine labels.
-
-    Raises:
-        TocomError: a file is missing or malformed.
-    """
+    """Return CIFAR-100's train and test images, arrays [n, 3, 32, 32], with the fine labels."""
     folder = folder / "cifar-100-python"
     splits = {}
     for split in ("train", "test"):

@@ -9,18 +9,13 @@ from tocom.data.listing import Listing
 
 
 def listing(folder: Path, name: str) -> Listing:
-    """Return the official train and test images, in the order of the lists.
-
-    Raises:
-        TocomError: a list is missing or malformed, or an image is missing.
-    """
+    """Return the official train and test images, in the order of the lists."""
     splits, classes = {}, 0
     for split in ("train", "test"):
         lists = folder / f"{split}_list.mat"
         files, labels = read_mat(lists, "file_list", "labels")
         with reading(lists):
             paths = [folder / "Images" / file for file in files]
-            numbers = [int(label) - 1 for label in labels]
-        splits[split] = items_of(paths, numbers, lists)
-        classes = max(classes, max(numbers) + 1)
+        splits[split] = items_of(paths, labels, lists, first=1)
+        classes = max(classes, int(splits[split].labels.max()) + 1)
     return Listing(classes, "FGVC", name, splits)

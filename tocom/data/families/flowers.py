@@ -14,11 +14,7 @@ _SETS = {"train": "trnid", "val": "valid", "test": "tstid"}
 
 
 def listing(folder: Path, name: str) -> Listing:
-    """Return the official train (10 of each class), val (10 of each class) and test images, in the order of setid.mat.
-
-    Raises:
-        TocomError: a list is missing or malformed, or an image is missing.
-    """
+    """Return the official train and val (10 of each class) and test images, in the order of setid.mat."""
     (labels,) = read_mat(folder / "imagelabels.mat", "labels")
     lists = folder / "setid.mat"
     splits = {}
@@ -27,6 +23,7 @@ def listing(folder: Path, name: str) -> Listing:
             numbers = numbers.astype(np.int64)
             if numbers.min() < 1:
                 raise ValueError("images count from 1")
-            chosen = labels[numbers - 1].astype(np.int64) - 1
-        splits[split] = items_of([folder / "jpg" / f"image_{number:05d}.jpg" for number in numbers], chosen, lists)
+            chosen = labels[numbers - 1]
+        files = [folder / "jpg" / f"image_{number:05d}.jpg" for number in numbers]
+        splits[split] = items_of(files, chosen, lists, first=1)
     return Listing(int(labels.max()), "FGVC", name, splits)

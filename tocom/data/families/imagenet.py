@@ -32,9 +32,6 @@ def listing(folder: Path, name: str) -> Listing:
     """Return the training images and, as the test split, the 50,000 of the official validation set.
 
     ImageNet's own test labels are not public, so a split to choose on has to be drawn from the training images.
-
-    Raises:
-        TocomError: a folder is missing or empty, the splits' classes differ, or a flat val has no development kit.
     """
     classes = _classes(folder / "train")
     train = by_class(folder / "train", classes)

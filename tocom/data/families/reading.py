@@ -1,4 +1,7 @@
-"""What the readers share: files of lists and MATLAB structs, and errors that name the file and the fix."""
+"""What the readers share: files of lists and MATLAB structs, and errors that name the file and the fix.
+
+Each raises a TocomError where a file is missing or not what it should be.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import contextlib
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +29,6 @@ def reading(path: Path, *errors: type[Exception]) -> Iterator[None]:
 
     Args:
         errors: exceptions of the parser beside those that every parser may raise.
-
-    Raises:
-        TocomError: the file is missing or not in its format.
     """
     try:
         yield
@@ -41,26 +41,19 @@ def reading(path: Path, *errors: type[Exception]) -> Iterator[None]:
         raise malformed(path, f"is not in its format ({type(error).__name__}: {reason})") from None
 
 
-def read_table(path: Path, columns: int) -> list[list[str]]:
-    """Return the rows of a text file of columns set apart by blanks; only the last column may hold blanks itself.
+def read_table(path: Path, *columns: str):
+    """Return a text file of columns set apart by single blanks as a pandas frame of texts."""
+    import pandas as pd
 
-    Raises:
-        TocomError: the file is missing, empty, no text, or has a row with too few columns.
-    """
     with reading(path):
-        rows = [line.split(maxsplit=columns - 1) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    short = next((number for number, row in enumerate(rows, start=1) if len(row) < columns), None)
-    if not rows or short:
-        raise malformed(path, f"has fewer than {columns} columns in line {short}" if short else "is empty")
-    return rows
+        table = pd.read_csv(path, sep=" ", names=columns, dtype=str, na_filter=False, index_col=False)
+        if table.empty or (table == "").any(axis=None):
+            raise ValueError(f"it is empty, or a line has fewer than {len(columns)} columns")
+    return table
 
 
 def read_mat(path: Path, *names: str) -> tuple[np.ndarray, ...]:
-    """Return variables of a MATLAB 5 file, each as an array [n] (of numbers, of texts, or a struct array).
-
-    Raises:
-        TocomError: the file is missing, not in the format, or has no such variable.
-    """
+    """Return variables of a MATLAB 5 file, each as an array [n] (of numbers, of texts, or a struct array)."""
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 
@@ -69,17 +62,15 @@ def read_mat(path: Path, *names: str) -> tuple[np.ndarray, ...]:
         return tuple(np.atleast_1d(content[name]) for name in names)
 
 
-def items_of(files: Sequence[Path], labels: Sequence[int] | np.ndarray, lists: Path) -> Items:
-    """Return images and their labels.
+def items_of(files: Sequence[Path], labels: Iterable, lists: Path, first: int = 0) -> Items:
+    """Return images, which have to be there, and their labels.
 
     Args:
         lists: the file that names the images, for errors.
-
-    Raises:
-        TocomError: there are not as many labels as images, or an image is missing.
+        first: the label from which classes count.
     """
     with reading(lists):
-        labels = np.asarray([int(label) for label in labels], dtype=np.int64)
+        labels = np.array([int(label) - first for label in labels], dtype=np.int64)
     if len(labels) != len(files):
         raise malformed(lists, f"has {len(labels)} labels for {len(files)} images")
     missing = [file for file in files if not file.is_file()]
@@ -89,11 +80,7 @@ def items_of(files: Sequence[Path], labels: Sequence[int] | np.ndarray, lists: P
 
 
 def class_names(folder: Path) -> list[str]:
-    """Return the names of the sub-folders, sorted; hidden ones are no classes.
-
-    Raises:
-        TocomError: the folder is missing, or has none.
-    """
+    """Return the names of the sub-folders, sorted; hidden ones are no classes."""
     with reading(folder), os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     if not names:
@@ -101,17 +88,13 @@ def class_names(folder: Path) -> list[str]:
     return names
 
 
-def by_class(folder: Path, classes: dict[str, int] | None = None) -> Items:
+def by_class(folder: Path, classes: dict[str, int]) -> Items:
     """Return the images of a folder with a sub-folder for each class, sorted by class and name.
 
     Args:
-        classes: the label of each sub-folder; without it, the sub-folders count up in alphabetical order.
-
-    Raises:
-        TocomError: the folder is missing or empty, or holds a class that is not among ``classes``.
+        classes: the label of each sub-folder.
     """
     names = class_names(folder)
-    classes = classes if classes is not None else {name: label for label, name in enumerate(names)}
     unknown = [name for name in names if name not in classes]
     if unknown:
         raise malformed(folder, f"has the class {unknown[0]!r}, which the training images have not")
