@@ -18,8 +18,6 @@ from tocom import training
 from tocom.console import (
     GO_ON,
     Console,
-    Job,
-    account,
     lines_of,
     places,
     progress_of,
@@ -38,22 +36,17 @@ def write(path, text):
 
 
 @pytest.mark.parametrize(
-    ("log", "reason"),
+    ("log", "of_cluster", "reason"),
     [
-        (f"\rpets:   0%|  | 0/2\r{BAR}\n{ERROR}\nSIGTERM sent\n", ERROR),
-        ("Traceback (most recent call last):\n  File x\nRuntimeError: it broke\n", "RuntimeError: it broke"),
-        ("starts\n" + BAR, f"it was killed, or ended without an error; the last of its log: {BAR}"),
-        ("", "it ended before it wrote a log"),
+        (f"\rpets:   0%|  | 0/2\r{BAR}\n{ERROR}\nSIGTERM sent\n", "failed", ERROR),
+        ("Traceback (most recent call last):\n  File x\nRuntimeError: it broke\n", "", "RuntimeError: it broke"),
+        ("starts\n" + BAR, "", f"it was killed, or ended without an error; the last of its log: {BAR}"),
+        (BAR, "OUT_OF_MEMORY", "OUT_OF_MEMORY"),
+        ("", "", "it ended before it wrote a log"),
     ],
 )
-def test_a_failed_job_has_a_reason_of_one_line(tmp_path, log, reason):
-    assert reason_of([write(tmp_path / "log", log)]) == reason
-
-
-def test_what_a_cluster_says_of_a_job_stands_for_an_error_that_its_log_lacks(tmp_path):
-    log = write(tmp_path / "log", BAR)
-    assert reason_of([log, str(tmp_path / "none")], "OUT_OF_MEMORY") == "OUT_OF_MEMORY"
-    assert reason_of([write(tmp_path / "log", ERROR)], "failed") == ERROR
+def test_a_failed_job_has_a_reason_of_one_line(tmp_path, log, of_cluster, reason):
+    assert reason_of([write(tmp_path / "log", log), str(tmp_path / "none")], of_cluster) == reason
 
 
 def test_a_bar_in_a_log_is_its_last_repaint(tmp_path):
@@ -77,27 +70,6 @@ def test_time_left_is_what_the_others_of_the_rule_took_shared_by_as_many_as_ran_
 
 def test_durations_are_short():
     assert [span(s) for s in (5.4, 99, 600, 9000, 200_000)] == ["5 s", "99 s", "10 min", "2.5 h", "2.3 days"]
-
-
-def test_the_places_are_those_that_are_there(tmp_path):
-    assert places({"a": tmp_path / "a"}) == []
-    (tmp_path / "a" / "tables").mkdir(parents=True)
-    table = tmp_path / "a" / "tables" / "main.md"
-    table.write_text("")
-    page = f"All of it as one page: snakemake --configfile a.yaml --report {tmp_path / 'a' / 'report.html'}"
-    assert places({"a": tmp_path / "a"}, ["a.yaml"]) == [f"a: main table: {table}", page]
-    assert "--report results/report.html" in places({"a": tmp_path / "a", "b": tmp_path / "b"})[-1]
-
-
-def test_an_account_names_each_failed_job_its_reason_its_log_and_how_to_go_on():
-    failed = [(Job("prepare", "pets", ["logs/pets.log"], 0.0), ERROR)]
-    lines = account(failed, 3, 9, False, ["another error"])
-    assert lines[0] == "Not finished: 3 of 9 jobs are done, 1 failed."
-    assert lines[2:5] == ["prepare pets", f"  {ERROR}", "  log: logs/pets.log"]
-    assert lines[-1] == GO_ON
-    assert "another error" not in lines
-    assert "another error" in account([], 3, 9, False, ["another error"])
-    assert account([], 3, 9, True, [])[0].startswith("Stopped: 3 of 9")
 
 
 # --- records of Snakemake's -------------------------------------------------------------------------------------------
@@ -154,7 +126,8 @@ def test_a_run_is_a_line_a_job_and_an_error_is_said_where_it_happens_and_at_the_
         "1/2  prepare digits  (0 s; about 0 s left)",
         f"FAILED  prepare pets: {ERROR}",
     ]
-    assert lines[3:] == ["", *account([(Job("prepare", "pets", [log], 0.0), ERROR)], 1, 2, False, [])]
+    assert lines[3:7] == ["", "Not finished: 1 of 2 jobs are done, 1 failed.", "", "prepare pets"]
+    assert lines[7:] == [f"  {ERROR}", f"  log: {log}", "", GO_ON]
     assert own.records == []
 
 
@@ -184,6 +157,10 @@ def test_a_run_ends_with_the_places_only_if_it_made_the_whole_study(tmp_path):
         console.succeed()
         assert "Done: 1 of 1 jobs in 0 s." in printed()
         assert (f"tiny: main table: {tmp_path}/tables/main.md\n" in printed()) == (not targets)
+    page = f"All of it as one page: snakemake --configfile a.yaml --report {tmp_path}/report.html"
+    assert places({"a": tmp_path}, ["a.yaml"])[-1] == page
+    assert "--report results/report.html" in places({"a": tmp_path, "b": tmp_path / "b"})[-1]
+    assert places({"b": tmp_path / "b"}) == []
 
 
 def test_ctrl_c_says_how_to_go_on_and_blames_no_job(tmp_path):

@@ -67,6 +67,17 @@ def test_every_setting_and_every_key_says_what_it_means():
         (changed(sedes=[0]), "unknown key 'sedes' (did you mean 'seeds'?)"),
         (changed(finetune={"epoch": 3}), "finetune: unknown key 'epoch' (did you mean 'epochs'?)"),
         (changed(learn={"epoch": 3}), "unknown key 'learn.epoch' (did you mean 'epochs'?)"),
+        (changed(methods={"a": None, "b": {"like": "a"}}), "like: 'a' is no method above it"),
+        (changed(methods={"a": {"infer_degrees": [2, 2]}}), "method 'a': infer_degrees lists something twice"),
+        (
+            changed(
+                methods={"a": {}, "b": {"like": "a", "compensator": "tocom"}},
+                infer_degrees=[0],
+                train_degrees=[0],
+                compare=[],
+            ),
+            "method 'b': no train degree differs from an inference degree",
+        ),
         (changed(finetune={"lr": -1}), "lr = -1"),
         (changed(finetune={"lr": float("inf")}), "lr = inf"),
         (changed(finetune={"warmup_epochs": 60, "epochs": 50}), "warmup_epochs 60 exceeds epochs 50"),
@@ -126,6 +137,13 @@ def test_every_setting_and_every_key_says_what_it_means():
 )
 def test_a_mistake_in_a_config_is_one_line_that_names_it(config, message):
     assert message in refusal(parse_study, config)
+
+
+def test_a_config_that_extends_itself_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.yaml").write_text("extends: b.yaml")
+    (tmp_path / "b.yaml").write_text("extends: ./a.yaml")
+    assert "extends: './a.yaml' is no other config" in refusal(read_study, "a.yaml")
 
 
 @pytest.mark.parametrize(("text", "message"), [("a: [", "YAML"), ("", "is empty"), (None, "no such config")])
@@ -211,6 +229,7 @@ def test_learning_rate_scales_with_the_batch_only_if_asked():
 )
 def test_a_job_survives_the_way_through_a_command_line_and_a_file(job, tmp_path):
     assert read_job(type(job), job.as_json()) == job
+    assert set(json.loads(job.as_json())) == set(type(job).model_fields)  # another default is another job
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(json.loads(job.as_json())))
     assert read_job(type(job), str(tmp_path / "job.yaml")) == job
 

@@ -491,5 +491,5 @@ def _learn_job(study: Study, backbone: str, method: str, role: str) -> LearnJob:
         compensator=chosen.compensator.described() if role == "compensator" else None,
         max_degree=study.max_degree,
         settings=settings.model_copy(update={"source": source}),
-        data_root=study.data.root,
+        **({} if source is None else {"data_root": study.data.root}),  # where letters are learned on, it is no matter
     )

@@ -437,15 +437,17 @@ class Study(Settings):
                     f"method {name!r}: {method.compressor.name} takes patches away that segmentation needs"
                 )
             self.learn_for(name)
-            if method.compensator is not None and self.plain_of(name) is None:
+            added = method.compensator
+            if added is not None and not added.part.learns(added.options):
+                raise ValueError(f"method {name!r}: {added.name} learns nothing, as a compensator has to")
+            if added is not None and self.plain_of(name) is None:
                 raise ValueError(
                     f"method {name!r} has a compensator; list the same method without one, which it starts from"
                 )
             gaps = product(map(source_degree, self.train_degrees_of(name)), self.infer_degrees_of(name))
-            if method.compensator is not None and all(source in (None, target) for source, target in gaps):
+            if added is not None and all(source in (None, target) for source, target in gaps):
                 raise ValueError(
-                    f"method {name!r}: no train degree differs from an inference degree; {method.compensator.name} has"
-                    " no gap to close"
+                    f"method {name!r}: no train degree differs from an inference degree; {added.name} has no gap to close"
                 )
             if not method.tuning.part.trains_anything and (
                 len(self.seeds) > 1 or len(self.train_degrees_of(name)) > 1 or method.tuning.options.degree != "fixed"

@@ -1,8 +1,12 @@
 """What tests of data sets share: nothing of the machine's settings, and folders of images."""
 
+import shutil
+
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.data import layouts
 
 
 @pytest.fixture(autouse=True)
@@ -26,18 +30,7 @@ def pets(tmp_path):
 
 @pytest.fixture
 def photographs(tmp_path):
-    """Six training and three validation images in ADE20k's true layout: photographs of 40 x 56 pixels and less."""
-    root = tmp_path / "unpacked" / "ADEChallengeData2016"
-    rng = np.random.default_rng(0)
-    for source, letters, n in (("training", "train", 6), ("validation", "val", 3)):
-        for part in ("images", "annotations"):
-            (root / part / source).mkdir(parents=True)
-        for number in range(1, n + 1):
-            stem = f"ADE_{letters}_{number:08d}"
-            shape = (40, 56) if number % 2 else (48, 36)
-            photo = rng.integers(0, 256, (*shape, 3), dtype=np.uint8)
-            values = np.zeros(shape, dtype=np.uint8)  # 0: other
-            values[10:30, 5:20], values[5:15, 20:35] = number, 150
-            Image.fromarray(photo).save(root / "images" / source / f"{stem}.jpg")
-            Image.fromarray(values).save(root / "annotations" / source / f"{stem}.png")
-    return root
+    """ADE20k's true layout with 24 training and 12 validation images of 48 x 48 pixels, unpacked."""
+    layouts.ade20k(tmp_path)
+    shutil.unpack_archive(tmp_path / "ADEChallengeData2016.zip", tmp_path / "unpacked")
+    return tmp_path / "unpacked" / "ADEChallengeData2016"

@@ -1,7 +1,12 @@
-"""A disk that fills up, for tests of what is left behind."""
+"""What is on a disk, and one that fills up, for tests of what is left behind."""
 
 import contextlib
 import resource
+
+
+def contents(folder):
+    """Return the bytes of every file below a folder, by its path."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 @contextlib.contextmanager

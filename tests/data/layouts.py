@@ -191,6 +191,15 @@ def flowers102(folder: Path) -> dict:
     return {"files": files, "truth": truth, "family": "flowers", "group": "FGVC"}
 
 
+def struct(rows: list[tuple], *fields: str) -> np.ndarray:
+    """Return a MATLAB struct array."""
+    return np.array([rows], dtype=[(field, object) for field in fields])
+
+
+BOX = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
+CAR_NAMES = cell([f"Make Model {label}" for label in range(CLASSES)]).T
+
+
 def cars(folder: Path) -> dict:
     members, truth, rows = {}, {"train": [], "test": []}, []
     for number, (split, label, index) in enumerate(numbered("train", "test"), start=1):
@@ -198,11 +207,9 @@ def cars(folder: Path) -> dict:
         members[path] = picture(label, index)
         rows.append((path, 2, 2, 30, 30, label + 1, int(split == "test")))
         truth[split].append(label)
-    fields = ("relative_im_path", "bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "test")
-    annotations = np.array([rows], dtype=[(field, object) for field in fields])
-    names = cell([f"Make Model {label}" for label in range(CLASSES)]).T
+    annotations = struct(rows, "relative_im_path", *BOX, "class", "test")
     write_tar(folder / "car_ims.tgz", members)
-    (folder / "cars_annos.mat").write_bytes(mat(annotations=annotations, class_names=names))
+    (folder / "cars_annos.mat").write_bytes(mat(annotations=annotations, class_names=CAR_NAMES))
     return {"files": {"car_ims.tgz": ".", "cars_annos.mat": None}, "truth": truth, "family": "cars", "group": "FGVC"}
 
 
@@ -213,12 +220,10 @@ def cars_devkit(folder: Path) -> dict:
         images[split][f"cars_{split}/{name}"] = picture(label, index)
         rows[split].append((2, 2, 30, 30, label + 1, name))
         truth[split].append(label)
-    fields = [(field, object) for field in ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname")]
-    annotations = {split: np.array([rows[split]], dtype=fields) for split in rows}
-    unlabelled = np.array([[row[:4] + row[5:] for row in rows["test"]]], dtype=fields[:4] + fields[5:])
-    names = cell([f"Make Model {label}" for label in range(CLASSES)]).T
+    annotations = {split: struct(rows[split], *BOX, "class", "fname") for split in rows}
+    unlabelled = struct([row[:4] + row[5:] for row in rows["test"]], *BOX, "fname")
     devkit = {
-        "devkit/cars_meta.mat": mat(class_names=names),
+        "devkit/cars_meta.mat": mat(class_names=CAR_NAMES),
         "devkit/cars_train_annos.mat": mat(annotations=annotations["train"]),
         "devkit/cars_test_annos.mat": mat(annotations=unlabelled),
     }

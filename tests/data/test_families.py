@@ -243,10 +243,11 @@ def test_a_flat_validation_folder_gets_its_labels_from_the_development_kit(copy)
     # The kit numbers its classes in another order than the alphabet, and has synsets that are no classes.
     numbers = {wnid: 4 - place for place, wnid in enumerate(layouts.WNIDS)}
     rows = [(number, wnid, "words", "gloss", 0) for wnid, number in numbers.items()]
-    fields = [(field, object) for field in ("ILSVRC2012_ID", "WNID", "words", "gloss", "num_children")]
+    rows.append((1001, "n00000001", "root", "all", 4))
     kit = folder / imagenet.DEVKIT
     kit.mkdir(parents=True)
-    savemat(kit / "meta.mat", {"synsets": np.array([*rows, (1001, "n00000001", "root", "all", 4)], dtype=fields)})
+    synsets = layouts.struct(rows, "ILSVRC2012_ID", "WNID", "words", "gloss", "num_children")
+    savemat(kit / "meta.mat", {"synsets": synsets})
     order = np.random.default_rng(0).permutation(len(expected))
     lines = []
     for place, index in enumerate(order, start=1):

@@ -27,11 +27,6 @@ def test_images_are_a_function_of_the_seed_and_labels_cover_the_classes_evenly(m
     assert not np.array_equal(make(8, seed=5)[0], make(8, seed=6)[0])
 
 
-def test_there_are_41_letters_and_16_fonts_and_no_digit():
-    assert (len(set(glyphs.LETTERS)), len(set(glyphs.FONTS))) == (41, 16)
-    assert glyphs.LETTERS.isalpha()
-
-
 def test_a_glyph_is_drawn_where_it_is_placed_turned_counter_clockwise_and_light_on_dark():
     for x, y in ((8, 8), (24, 8), (8, 24), (16, 16)):
         centre = ndimage.center_of_mass(glyphs.place("X", "DejaVuSans", angle=0, size=16, shear=0, x=x, y=y))

@@ -5,7 +5,6 @@ import shutil
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from tests import small
 from tests.data import layouts
@@ -100,20 +99,6 @@ def test_training_images_that_are_augmented_from_files_are_not_decoded(pets, tmp
     paths = registry.unpack_paths(arrays["train_files"])
     assert paths == tuple(pets / f"train/{name}/{number}.png" for name in ("cat", "dog") for number in range(3))
     assert arrays["test_images"].shape == (6, 3, 32, 32)
-
-
-def test_images_are_cropped_or_squashed_to_the_size_of_the_input(tmp_path):
-    image = np.zeros((60, 120, 3), dtype=np.uint8)
-    image[:, :30] = 255  # the left quarter, which a centre crop cuts off
-    for split in ("train", "test"):
-        (tmp_path / "wide" / split / "only").mkdir(parents=True)
-        for number in range(2):
-            image[0, 0] = number + 2 * (split == "test")  # no two are the same
-            Image.fromarray(image).save(tmp_path / "wide" / split / "only" / f"{number}.png")
-    for resize, bright in (("crop", 0), ("squash", 0.25)):
-        source = {"folder": str(tmp_path / "wide")}
-        arrays, _ = made(tmp_path, "wide", {"val": 1}, 28, source, resize=resize)
-        assert (arrays["test_images"] > 128).mean() == pytest.approx(bright, abs=0.03)
 
 
 def test_an_image_that_is_in_train_and_in_test_under_two_names_is_refused(pets, tmp_path):

@@ -9,6 +9,7 @@ import zipfile
 import pytest
 
 from tests import small
+from tests.data.disk import contents
 from tocom.data.unpack import unpack
 
 FILES = {"set/a.txt": b"alpha", "set/deep/er/b.bin": bytes(range(256)), "set/empty": b""}
@@ -35,10 +36,6 @@ def write(path, files=FILES):
         for member, content in (entry(*item) for item in files.items()) if isinstance(files, dict) else files:
             tar.addfile(member, content)
     return path
-
-
-def contents(folder):
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def refusal(archive, folder, max_bytes=10_000):

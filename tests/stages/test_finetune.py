@@ -74,6 +74,20 @@ def test_a_held_out_figure_that_turns_nan_leaves_no_output(backbone, digits, tmp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("label", "job", "message"),
+    [
+        ("random", {}, "'random' does not go with the tuning"),
+        ("2", {"tuning": RANDOM}, "give random"),
+        ("random", {"tuning": RANDOM, "max_degree": 0}, "give max_degree"),
+        ("-1", {}, "train degree -1 is out of range"),
+        ("0", {"fine_tuned": "x"}, "fine_tuned goes with a tuning that trains nothing"),
+    ],
+)
+def test_what_would_be_trained_under_another_name_is_refused(label, job, message, tmp_path):
+    assert message in refusal(tune, "backbone", "data", tmp_path / "x", label, **job)
+
+
 def test_a_model_that_is_used_as_it_is_is_only_scored_and_described(backbone, digits, tmp_path):
     elsewhere, trained = tune(backbone, digits, tmp_path / "elsewhere", "2")
 

@@ -108,7 +108,8 @@ def test_with_kubernetes_every_path_of_a_command_is_one_that_storage_fills(tmp_p
     pytest.importorskip("snakemake_executor_plugin_kubernetes")
     folder = workplace(tmp_path)
     options, environment = storage(tmp_path)
-    printed = with_profile(folder, "kubernetes", "--configfile", TINY, "--dry-run", *options, **environment)
+    words = ["--configfile", TINY, "--dry-run", "--printshellcmds", *options]
+    printed = with_profile(folder, "kubernetes", *words, **environment)
     commands = re.findall(r"^Shell command: (tocom .*)$", printed, re.MULTILINE)
     assert len(commands) == jobs(printed)["total"] - 1  # `all` has none
     copies = f".snakemake/storage/fs{tmp_path}/storage/"

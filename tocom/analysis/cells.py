@@ -76,22 +76,14 @@ def concatenate(tables: Sequence[os.PathLike], path: str | os.PathLike) -> None:
 
 
 def read_cells(path: str | os.PathLike) -> pd.DataFrame:
-    """Read cells.csv, train_degree as text (it may be no number).
-
-    Raises:
-        TocomError: it is missing or lacks a column.
-    """
+    """Read cells.csv, train_degree as text (it may be no number)."""
     if not Path(path).is_file():
         raise TocomError(f"no such file: {path}; run the study first (snakemake --cores all)")
     return checked(pd.read_csv(path, dtype=TEXT, keep_default_na=False), COLUMNS, path)
 
 
 def checked(frame: pd.DataFrame, columns: Iterable[str], path: str | os.PathLike) -> pd.DataFrame:
-    """Return a table that was read from ``path``.
-
-    Raises:
-        TocomError: it lacks one of these columns.
-    """
+    """Return a table that was read from ``path``."""
     missing = [name for name in columns if name not in frame.columns]
     if missing:
         raise TocomError(f"{path} lacks the column {missing[0]!r}; make it again with this version")

@@ -39,11 +39,7 @@ class Curve:
     without: float | None = None
 
     def read(self) -> pd.DataFrame:
-        """Return its columns by epoch.
-
-        Raises:
-            TocomError: the file lacks a column.
-        """
+        """Return its columns by epoch."""
         return checked(pd.read_csv(self.file), COLUMNS, self.file).set_index("epoch")
 
 

@@ -45,7 +45,8 @@ def draw(run: Run, backbone: str) -> dict[str, Figure]:
     """Return every figure of one backbone by name."""
     sns.set_theme(context="paper", style="whitegrid", font_scale=1.05)
     plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 160, "pdf.fonttype": 42, "font.family": "DejaVu Sans"})
-    figures = {"accuracy_vs_gflops": score_against_cost(run, backbone), "gain_heatmap": gain_heatmap(run, backbone)}
+    figures = {"accuracy_vs_gflops": score_against_cost(run, backbone)}
+    figures |= {"gain_heatmap": gain_heatmap(run, backbone)} if run.study.compare else {}
     figures |= {"gap_transfer": gap_transfer(run, backbone)} if run.study.transfer else {}
     there = curves(run, backbone)
     return figures | ({"curves": training_curves(run, there)} if there else {})
@@ -250,8 +251,6 @@ def gain_heatmap(run: Run, backbone: str) -> Figure:
 
     What is not significant is pale; what was declined everywhere or not run has no colour and says so.
     """
-    if not run.study.compare:
-        return _nothing("no methods to compare are declared")
     before, after = run.study.compare[0]
     found = {scope: run.pairs(backbone, (before, after), scope) for scope in run.scopes}
     keys = list(found[run.scopes[0]])
@@ -374,10 +373,3 @@ def _curve_handles(run: Run, there: Sequence[Curve], markers: dict[str, str], wi
     handles += [line("training loss", linestyle="--")] if with_losses or len(tuned) < len(there) else []
     without = any(curve.without is not None for curve in there)
     return handles + ([line("without the learned part", linestyle=":")] if without else [])
-
-
-def _nothing(why: str) -> Figure:
-    figure, (axis,) = _grid(1, _WIDTH, 1.0)
-    axis.set_axis_off()
-    axis.text(0.5, 0.5, why, ha="center", va="center")
-    return figure

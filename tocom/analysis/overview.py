@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 from scipy import stats
 
-from tocom.analysis.paper import LARGEST_CAPTION, NOT_AT_HAND, READING_CAPTION, degrees_text, where
+from tocom.analysis.paper import LARGEST_CAPTION, NOT_AT_HAND, READING_CAPTION, where
 from tocom.analysis.planned import VTAB, Scope, same_models
 from tocom.analysis.report import write_pages
 from tocom.analysis.run import Compared, Run, best_mean, largest, published_gain, transfer_methods, transferred
@@ -101,7 +101,7 @@ def _largest_text(run: Run, scope: Scope, models: Sequence[Model], infer: int | 
     if not found:
         return NOT_RUN
     model, best = max(found.items(), key=lambda one: one[1].test.gain)
-    return f"{gain_text(best.test, best.declined)} ({degrees_text(best)}{_of_model(run, model)})"
+    return f"{gain_text(best.test, best.declined)} ({best.degrees}{_of_model(run, model)})"
 
 
 def _mean_text(run: Run, scope: Scope, models: Sequence[Model]) -> str:

@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any
 
 from tocom.analysis.planned import VTAB, same_models, train_degrees
-from tocom.analysis.run import Compared, Pair, Run, best_mean, largest, published_gain, transfer_methods, transferred
+from tocom.analysis.run import Compared, Run, best_mean, largest, published_gain, transfer_methods, transferred
 from tocom.analysis.tables import (
     NOT_PLANNED,
     NOT_RUN,
@@ -29,7 +29,6 @@ from tocom.analysis.tables import (
     gain_text,
     learned_in_vain,
     learning_note,
-    score_name,
     score_text,
     signed,
 )
@@ -48,10 +47,6 @@ READING_CAPTION = (
 )
 
 
-def _label(*parts: str) -> str:
-    return "-".join(("paper", *parts))
-
-
 # --- the forms ----------------------------------------------------------------------------------------------------
 
 
@@ -63,7 +58,7 @@ def _degrees(run: Run) -> list[Table]:
 def _backbones(run: Run) -> list[Table]:
     """One table with a block a backbone; then the largest gains."""
     tables = [
-        degree_table(run, scope, run.backbones, f"{scope.title} by backbone", _label("backbone", scope.name))
+        degree_table(run, scope, run.backbones, f"{scope.title} by backbone", f"paper-backbone-{scope.name}")
         for scope in run.scopes
     ]
     return [*tables, largest_gains(run)]
@@ -75,7 +70,7 @@ def largest_gains(run: Run) -> Table:
     for scope, backbone, pair in product(run.scopes, run.backbones, same_models(run.study)):
         best, mean = largest(run, backbone, pair, scope), best_mean(run, backbone, pair, scope)
         texts = [scope.name, where(run, backbone, pair), gain_text(best.test, best.declined) if best else NOT_RUN]
-        texts += [degrees_text(best) if best else NOT_RUN]
+        texts += [best.degrees if best else NOT_RUN]
         texts += [score_text(mean[1], seeds, show=signed).text if mean else NOT_RUN, mean[0] if mean else NOT_RUN]
         rows.append([Text(text) for text in (*texts, published_gain(run, scope, backbone, pair) or NOT_AT_HAND)])
     caption = (
@@ -89,17 +84,12 @@ def largest_gains(run: Run) -> Table:
     header = ["tasks", "model", "largest gain of a pair (ours)", "train → inference"]
     header += ["largest mean gain (ours)", "train degree", "published"]
     rows = rows or [[Text(NOT_PLANNED)] * len(header)]
-    return Table("Largest average gain", caption, header, rows, _label("largest"))
+    return Table("Largest average gain", caption, header, rows, "paper-largest")
 
 
 def where(run: Run, backbone: str, pair: Compared) -> str:
     """Return what tables call a backbone with two methods."""
     return f"{backbone}, {run.title(pair[1])} over {run.title(pair[0])}"
-
-
-def degrees_text(found: Pair) -> str:
-    """Return from which degree to which."""
-    return f"{found.train} → {found.infer}"
 
 
 def _speedup(run: Run) -> list[Table]:
@@ -108,7 +98,7 @@ def _speedup(run: Run) -> list[Table]:
     tables = []
     for backbone, scope in product(run.backbones, run.scopes):
         title = f"{scope.title}: trained compressed, run at degree {run.infer_degrees[0]} ({backbone})"
-        table = degree_table(run, scope, [backbone], title, _label(backbone, scope.name, "speedup"))
+        table = degree_table(run, scope, [backbone], title, f"paper-{backbone}-{scope.name}-speedup")
         rows = []
         for train, method, score, *_ in table.rows:
             speed = ("", "")
@@ -155,7 +145,7 @@ def _ablation(run: Run) -> list[Table]:
             gains = [gain_cell(pairs[method].get(key), with_p=True) for key in degrees]
             rows.append([Text(""), Text("gain"), *gains, Text("")])
         caption = (
-            f"{learning_note(run, [backbone], ours)}{score_name(run)} at each train → inference degree, "
+            f"{learning_note(run, [backbone], ours)}Test {run.study.metric} in % at each train → inference degree, "
             f"{averages(scope, seeds)}. {gain_caption(run)} p: of "
             "that test; each method is a family of its own. KL: of the student from the teacher on held-out images "
             "(nats), at the scale that the compensator was learned at; – where nothing was learned for it alone. "
@@ -163,7 +153,7 @@ def _ablation(run: Run) -> list[Table]:
         )
         header = ["method", "changes", *(f"{train} → {infer}" for train, infer in degrees), "KL"]
         title = f"{scope.title} by compensator ({backbone}, {run.title(plain)})"
-        tables.append(Table(title, caption, header, rows, _label(backbone, plain, "ablation"), tuple(rules)))
+        tables.append(Table(title, caption, header, rows, f"paper-{backbone}-{plain}-ablation", tuple(rules)))
     return tables
 
 
@@ -212,7 +202,7 @@ def _transfer(run: Run) -> list[Table]:
         )
         title = f"Gap {degrees[0]} → {degrees[-1]} of one task, added to another ({backbone}, {run.title(method)})"
         header = ["gap of", "", *run.study.groups]
-        tables.append(Table(title, caption, header, rows, _label(backbone, method, "transfer"), (1,)))
+        tables.append(Table(title, caption, header, rows, f"paper-{backbone}-{method}-transfer", (1,)))
     return tables
 
 

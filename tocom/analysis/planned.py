@@ -110,11 +110,7 @@ def cells(study, tasks: tuple[str, ...] | None = None) -> set[tuple]:
 
 
 def prediction_files(study, folder: Path) -> list[Path]:
-    """Return the predictions files of a study that are there, and none that an earlier declaration of it has left.
-
-    Raises:
-        TocomError: there are none.
-    """
+    """Return the predictions files of a study that are there, and none that an earlier declaration of it has left."""
     root = folder / "predictions"
     planned = [
         root / backbone.name / tuned / task / f"{batch}.safetensors"

@@ -46,6 +46,11 @@ class Pair:
         return not self.before.index.intersection(self.after.index).empty
 
     @property
+    def degrees(self) -> str:
+        """From which degree to which, as text."""
+        return f"{self.train} → {self.infer}"
+
+    @property
     def gain(self) -> float:
         """The gain in points: that which was tested, if it was."""
         return float((self.after - self.before).mean()) if self.test is None else self.test.gain
@@ -65,11 +70,7 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> Run:
-        """Read the folder of a study, which may be incomplete, against the declaration in its study.json.
-
-        Raises:
-            TocomError: there is no valid study.json, or a table is not what this version writes.
-        """
+        """Read the folder of a study, which may be incomplete, against the declaration in its study.json."""
         from tocom.study import read_study
 
         return cls.of(read_study(folder / "study.json"), folder)

@@ -193,11 +193,7 @@ METRICS: dict[str, Metric] = {metric.name: metric for metric in (Accuracy(), Mea
 
 
 def read_predictions(path: str | os.PathLike) -> tuple[dict, list[tuple[dict, NDArray]]]:
-    """Return the metadata of a predictions file, and each of its cells with its record.
-
-    Raises:
-        TocomError: it is missing, corrupt or something else.
-    """
+    """Return the metadata of a predictions file, and each of its cells with its record."""
     arrays, meta = load_arrays(path)
     if meta.get("kind") != "predictions" or meta.get("metric") not in METRICS:
         raise TocomError(f"{path} holds no predictions of this version; give files that `tocom evaluate` wrote")

@@ -170,11 +170,6 @@ def gain_caption(run: Run) -> str:
     )
 
 
-def score_name(run: Run) -> str:
-    """Return what the numbers of a table are."""
-    return f"Test {run.study.metric} in %"
-
-
 def declined_note(rows: Sequence[Sequence[Text]]) -> str:
     """Return what a caption says if one of these cells is declined."""
     return f" {DECLINED_NOTE}" if any(cell.text == DECLINED for row in rows for cell in row) else ""
@@ -225,8 +220,8 @@ def degree_table(run: Run, scope: Scope, backbones: Sequence[str], title: str, l
         rules += [len(rows) + number for number in inner if len(rows) + number]
         rows += block
     caption = (
-        f"{score_name(run)} at each inference degree, {averages(scope, len(run.study.seeds))}. Bold: the best of the "
-        f"lines of one model. {gain_caption(run)} matched: trained at the degree it runs at, the ceiling."
+        f"Test {run.study.metric} in % at each inference degree, {averages(scope, len(run.study.seeds))}. Bold: the "
+        f"best of the lines of one model. {gain_caption(run)} matched: trained at the degree it runs at, the ceiling."
     )
     if any(" published" in row[1].text for row in rows):
         caption += " published: arXiv 2408.06798, not made here."

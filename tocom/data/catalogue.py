@@ -163,11 +163,7 @@ def as_catalogue(catalogue: CatalogueOrPath) -> Catalogue:
 
 
 def find(name: str, catalogue: CatalogueOrPath = None) -> DataSet:
-    """Return the entry of a data set.
-
-    Raises:
-        TocomError: there is none of that name; the closest one is suggested.
-    """
+    """Return the entry of a data set."""
     entries = as_catalogue(catalogue)
     if name not in entries:
         raise TocomError(f"unknown data set {name!r}{suggest(name, entries)}; `tocom data list` names all of them")
@@ -180,11 +176,7 @@ def owner_of(name: str, catalogue: CatalogueOrPath = None) -> str:
 
 
 def select(patterns: list[str], catalogue: Catalogue) -> list[str]:
-    """Return the names that match some shell pattern ("vtab.*"), in the catalogue's order.
-
-    Raises:
-        TocomError: a pattern matches nothing.
-    """
+    """Return the names that match some shell pattern ("vtab.*"), in the catalogue's order."""
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in catalogue):
             find(pattern, catalogue)

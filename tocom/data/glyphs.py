@@ -7,7 +7,7 @@ placed by one affine map each. Only NumPy and Pillow are needed.
 
 from __future__ import annotations
 
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -28,20 +28,16 @@ FONTS = tuple(
 )
 
 
-@lru_cache(maxsize=1)
-def _font_folder() -> Path:
-    from importlib.util import find_spec
-
-    # Find the folder without importing matplotlib, which takes longer than drawing.
-    return Path(find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf"
-
-
 @cache
 def mask(letter: str, font: str):
     """Return the coverage of one glyph, centred by its bounding box, as a Pillow image of 64 x 64 pixels."""
+    from importlib.util import find_spec
+
     from PIL import Image, ImageDraw, ImageFont
 
-    face = ImageFont.truetype(str(_font_folder() / f"{font}.ttf"), size=44)
+    # Found without importing matplotlib, which takes longer than drawing.
+    fonts = Path(find_spec("matplotlib").origin).parent / "mpl-data" / "fonts" / "ttf"
+    face = ImageFont.truetype(str(fonts / f"{font}.ttf"), size=44)
     left, top, right, bottom = face.getbbox(letter)
     canvas = Image.new("L", (_CANVAS, _CANVAS), 0)
     corner = ((_CANVAS - right - left) / 2, (_CANVAS - bottom - top) / 2)

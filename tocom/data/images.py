@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,21 @@ CROP_RATIO = 256 / 224
 _NOT_READ = {"BUFR", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
 
 
+@contextmanager
+def opened(path: str | os.PathLike):
+    """Open an image file with Pillow (the header; pixels are read as needed); damage is an error of one line."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            yield image
+    except TocomError:
+        raise
+    except Exception as error:  # the readers of damaged files have no common base for their errors
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise TocomError(f"{path} is not a readable image ({reason}); remove or replace it") from None
+
+
 def open_image(path: str | os.PathLike):
     """Read an image file as a PIL image in RGB; 16 bits of grey become 8.
 
@@ -28,16 +44,12 @@ def open_image(path: str | os.PathLike):
     """
     from PIL import Image
 
-    try:
-        with Image.open(path) as image:
-            image.load()
-            if image.mode.startswith("I;16"):  # convert() would clip to 255, which leaves white
-                image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-            if image.mode not in ("I", "F"):
-                return image.convert("RGB")
-    except Exception as error:  # the readers of damaged files have no common base for their errors
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise TocomError(f"{path} is not a readable image ({reason}); remove or replace it") from None
+    with opened(path) as image:
+        image.load()
+        if image.mode.startswith("I;16"):  # convert() would clip to 255, which leaves white
+            image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
+        if image.mode not in ("I", "F"):
+            return image.convert("RGB")
     raise TocomError(f"{path} has pixels of 32 bits, whose range is not known; save it with 8 bits a channel")
 
 

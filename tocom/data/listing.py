@@ -91,9 +91,6 @@ def with_validation(listing: Listing, n_val: int | float, seed: int = 0) -> List
 
     Args:
         n_val: number of images, or the share of the training images if below 1.
-
-    Raises:
-        TocomError: there are too few training images.
     """
     if "val" in listing.splits:
         return listing

@@ -65,9 +65,6 @@ def train_transform(model: nn.Module, settings: Augmentation) -> Callable:
     """Return timm's training transform for a model's input size, mean and standard deviation.
 
     It is that of DeiT (arXiv 2012.12877, table 9) with bicubic crops.
-
-    Raises:
-        TocomError: timm does not know the policy ``auto_augment``.
     """
     from timm.data import auto_augment, create_transform
 

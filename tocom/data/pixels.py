@@ -127,11 +127,7 @@ class SegmentationData:
 
 
 def load(path: str | os.PathLike) -> SegmentationData:
-    """Read what :func:`tocom.data.registry.prepare` wrote of a task to segment.
-
-    Raises:
-        TocomError: the file is missing, corrupt or something else.
-    """
+    """Read what :func:`tocom.data.registry.prepare` wrote of a task to segment."""
     arrays, meta = read(path)
     if meta["task_kind"] != "segment":
         raise TocomError(f"{path} is a task to classify, not to segment; give another, such as scenes")

@@ -277,11 +277,7 @@ def unpack_paths(packed: np.ndarray) -> tuple[Path, ...]:
 
 
 def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
-    """Read what :func:`prepare` wrote.
-
-    Raises:
-        TocomError: the file is missing, corrupt, or not a prepared task.
-    """
+    """Read what :func:`prepare` wrote."""
     arrays, metadata = load_arrays(path)
     if metadata.get("kind") != "task" or "task_kind" not in metadata:
         raise TocomError(f"{path} is not a prepared task; make it with `tocom prepare`")
@@ -289,11 +285,7 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
 
 
 def split_files(files: list[Path], n_held_out: int, seed: int = 0) -> tuple[list[Path], list[Path]]:
-    """Shuffle image files; return those to train on, and ``n_held_out`` others, but a tenth of all at most.
-
-    Raises:
-        TocomError: there are fewer than ten.
-    """
+    """Shuffle image files; return those to train on, and ``n_held_out`` others, but a tenth of all at most."""
     if len(files) < 10:
         raise TocomError(f"ToCom is distilled on ten images or more, better on thousands; found {len(files)}")
     files = [files[i] for i in np.random.default_rng(seed).permutation(len(files))]
@@ -306,9 +298,6 @@ def pretraining_files(where: str, root: str | os.PathLike = "data", catalogue: C
 
     Args:
         where: a folder, or a data set of the catalogue (``imagenet1k``).
-
-    Raises:
-        TocomError: it is neither, or it was not downloaded.
     """
     known = as_catalogue(catalogue)
     if where in known:

@@ -68,11 +68,7 @@ def hidden(root: Path, name: str, what: str) -> Path:
 
 
 def read_record(folder: Path) -> Record | None:
-    """Return what a data set's folder says of itself, or None if it is not complete.
-
-    Raises:
-        TocomError: the record is there, but cannot be read.
-    """
+    """Return what a data set's folder says of itself, or None if it is not complete."""
     path = folder / RECORD
     try:
         return Record.model_validate_json(path.read_bytes())

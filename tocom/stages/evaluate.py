@@ -128,6 +128,9 @@ def evaluate_checkpoint(
         progress.update()
         return predicted
 
+    def figures() -> tuple[float, float]:
+        return task.validate(module, settings.batch_size, settings.precision)
+
     for method in methods:
         if method.compensator is None:
             for degree in method.how.infer_degrees:
@@ -137,31 +140,13 @@ def evaluate_checkpoint(
         if method.compensator is not None:
             vit.detach().set_degree(source)
             vit.attach(method.compensator)
+            scales = [scale * method.compensator.trained_scale for scale in method.how.scales or settings.scales]
             for degree in method.how.infer_degrees:
-                scale = _chosen(
-                    vit.set_degree(degree),
-                    source,
-                    method,
-                    settings,
-                    lambda: task.validate(module, settings.batch_size, settings.precision),
-                )
+                vit.set_degree(degree)  # at the train degree there is nothing to compensate
+                scale = 0.0 if degree == source else choose_scale(vit, scales, figures, settings)
                 vit.set_degree(degree, scale)
                 record(method, scale, known=None if scale else plain.get(degree))
     return cells
-
-
-def _chosen(
-    vit: CompressedViT,
-    source: int,
-    method: Evaluated,
-    settings: EvaluateSettings,
-    figures: Callable[[], tuple[float, float]],
-) -> float:
-    """Return the scale to use at the present degree: 0 at the train degree, where there is nothing to compensate."""
-    if vit.degree == source:
-        return 0.0
-    scales = [scale * method.compensator.trained_scale for scale in method.how.scales or settings.scales]
-    return choose_scale(vit, scales, figures, settings)
 
 
 def choose_scale(

@@ -143,10 +143,11 @@ class _Run:
         module = task.module(vit, settings)
 
         def score() -> tuple[float, float]:
-            results = []
+            results, trained_at = [], vit.degree
             for degree in tuning.score_degrees(label):
                 vit.set_degree(degree)
                 results.append(task.validate(module, SCORE_BATCH, settings.precision, self.workers))
+            vit.set_degree(trained_at)  # for tunings that leave it as it is
             return tuple(sum(values) / len(values) for values in zip(*results, strict=True))
 
         task_loss, loader = task.training(module, vit, settings, run_seed, self.workers)

@@ -38,9 +38,6 @@ def load_listing(name: str, root: str | os.PathLike, catalogue: CatalogueOrPath 
     Args:
         name: a data set of the catalogue. root: the folder of all downloaded data sets.
         catalogue: as read, or its path; the usual one by default.
-
-    Raises:
-        TocomError: the data set is unknown, not (completely) downloaded, or not what its catalogue entry says.
     """
     data_set = find(name, catalogue)
     if data_set.family not in FAMILIES:
@@ -57,11 +54,7 @@ def _read(name: str, data_set: DataSet, folder: Path) -> Listing:
 
 
 def check_layout(name: str, folder: Path, catalogue: Catalogue) -> None:
-    """Read a folder as the data set ``name``, so that no other folder passes for it.
-
-    Raises:
-        TocomError: it is not in the data set's layout, or holds none of its tasks.
-    """
+    """Read a folder as the data set ``name``, so that no other folder passes for it."""
     data_set = catalogue[name]
     if data_set.family in FAMILIES:
         _read(name, data_set, folder)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tocom.data.images import opened
 from tocom.data.listing import Items, Listing
 from tocom.data.scenes import IGNORED
 from tocom.errors import TocomError
@@ -27,9 +28,6 @@ def listing(folder: str | os.PathLike, name: str, classes: int = 150, group: str
     Args:
         folder: ADEChallengeData2016, or the folder that holds it.
         classes: how many classes annotations may hold; they do not tell themselves.
-
-    Raises:
-        TocomError: a folder is missing or empty, an image has no annotation, or their sizes differ.
     """
     root = Path(folder)
     root = root / NAME if (root / NAME).is_dir() else root
@@ -43,9 +41,10 @@ def _pairs(root: Path, source: str) -> Items:
         has, lacks = ("an image", "annotation") if stem in images else ("an annotation", "image")
         raise TocomError(f"{root}: {source}/{stem} has {has} but no {lacks}; add or remove one, or unpack it again")
     for stem, path in images.items():
-        sizes = [_open(file).size for file in (path, annotations[stem])]
-        if sizes[0] != sizes[1]:
-            raise TocomError(f"{path} has {sizes[0]} pixels, its annotation {sizes[1]}; mend them, or unpack it again")
+        with opened(path) as image, opened(annotations[stem]) as annotation:
+            if image.size != annotation.size:
+                sizes = f"{image.size} pixels, its annotation {annotation.size}"
+                raise TocomError(f"{path} has {sizes}; mend them, or unpack it again")
     return Items(tuple(annotations[stem] for stem in images), files=tuple(images.values()))
 
 
@@ -60,26 +59,10 @@ def _by_stem(folder: Path) -> dict[str, Path]:
     return {path.stem: path for path in files}
 
 
-def _open(path: str | os.PathLike, decode: bool = False):
-    """Return an image file, of which only the header was read, or all of it; it is closed."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as image:
-            if decode:
-                image.load()
-            return image
-    except Exception as error:  # the readers of damaged files have no common base for their errors
-        raise TocomError(f"{path} is not a readable image ({error}); replace it, or unpack the archive again") from None
-
-
 def read_labels(path: str | os.PathLike, classes: int) -> np.ndarray:
-    """Read an annotation as labels [H, W] uint8: class k of 1..classes becomes k - 1, 0 becomes 255 (ignored).
-
-    Raises:
-        TocomError: it is missing or unreadable, has several channels, or holds another value.
-    """
-    values = np.asarray(_open(path, decode=True))
+    """Read an annotation as labels [H, W] uint8: class k of 1..classes becomes k - 1, 0 becomes 255 (ignored)."""
+    with opened(path) as image:
+        values = np.asarray(image)
     if values.ndim != 2:
         raise TocomError(f"{path} has {values.shape[-1]} channels; an annotation has one, with class numbers")
     highest = values.max(initial=0)

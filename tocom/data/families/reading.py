@@ -6,6 +6,7 @@ Each raises a TocomError where a file is missing or not what it should be.
 from __future__ import annotations
 
 import contextlib
+import csv
 import os
 import struct
 import zlib
@@ -46,7 +47,8 @@ def read_table(path: Path, *columns: str):
     import pandas as pd
 
     with reading(path):
-        table = pd.read_csv(path, sep=" ", names=columns, dtype=str, na_filter=False, index_col=False)
+        options = {"dtype": str, "na_filter": False, "index_col": False, "quoting": csv.QUOTE_NONE}
+        table = pd.read_csv(path, sep=" ", names=columns, **options)
         if table.empty or (table == "").any(axis=None):
             raise ValueError(f"it is empty, or a line has fewer than {len(columns)} columns")
     return table
