@@ -33,7 +33,7 @@ run() {
   study > "$place/study.yaml"
   (cd "$place" && snakemake --cores 2 --configfile study.yaml --set-resources "learn:processes=$1" \
     "finetune:processes=$1" --set-threads "learn=$1" "finetune=$1" -- "$results/cells.csv") 2>&1 | tee "$place/run.log" |
-    grep --line-buffered -E '^[0-9]+ of [0-9]+ steps' || {
+    grep --line-buffered -E '^ *[0-9]+/[0-9]+ ' || {
     tail -n 40 "$place/run.log" >&2
     fail "the run with $1 process(es) failed; its last lines are above"
   }

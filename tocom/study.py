@@ -447,7 +447,8 @@ class Study(Settings):
             gaps = product(map(source_degree, self.train_degrees_of(name)), self.infer_degrees_of(name))
             if added is not None and all(source in (None, target) for source, target in gaps):
                 raise ValueError(
-                    f"method {name!r}: no train degree differs from an inference degree; {added.name} has no gap to close"
+                    f"method {name!r}: no train degree differs from an inference degree;"
+                    f" {added.name} has no gap to close"
                 )
             if not method.tuning.part.trains_anything and (
                 len(self.seeds) > 1 or len(self.train_degrees_of(name)) > 1 or method.tuning.options.degree != "fixed"
