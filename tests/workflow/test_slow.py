@@ -64,7 +64,9 @@ def test_a_tiny_run_of_every_study_makes_a_complete_set_of_tables(tmp_path):
         for table in ("main", "tasks", "significance", "throughput", "paper"):
             for kind in ("md", "tex", "html"):
                 assert (root / "tables" / f"{table}.{kind}").stat().st_size > 0
-        assert "not run" not in (root / "tables" / "paper.md").read_text(), config.stem
+        # Matched models are run only at the degrees that a study trains at.
+        lines = (root / "tables" / "paper.md").read_text().splitlines()
+        assert not [line for line in lines if "not run" in line and not line.startswith("| matched")], config.stem
         cells = pd.read_csv(root / "cells.csv", keep_default_na=False)
         assert set(cells.method) == set(study.methods)
         assert set(cells.backbone) == {backbone.name for backbone in study.backbones}
