@@ -53,7 +53,8 @@ def record(command: list[str]) -> str:
 def main(page: str = "docs/console.md", *command: str) -> None:
     """Put a recording between the marks of a page."""
     command = command or ("make", "reproduce")
-    lines = [f"$ {shlex.join(command)}", *seen(record([*command]))]
+    shown = [line for line in seen(record([*command])) if not line.startswith("make[")]  # of `make console` itself
+    lines = [f"$ {shlex.join(command)}", *shown]
     path = ROOT / page
     block = "\n".join(["<!-- recorded -->", "```text", *lines, "```", "<!-- end -->"])
     marks = re.compile(r"<!-- recorded -->.*<!-- end -->", re.DOTALL)
