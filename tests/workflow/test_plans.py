@@ -1,6 +1,7 @@
 """Every config of config/, planned: all studies in one dry run, with as many jobs as the arithmetic says."""
 
 import json
+import re
 import shlex
 import subprocess
 
@@ -59,6 +60,21 @@ def test_a_mistake_in_a_config_stops_the_workflow_with_its_name(tmp_path, key, v
     assert result.returncode != 0
     assert message in result.stdout + result.stderr
     assert not (folder / "results").exists()
+
+
+def test_a_key_given_twice_is_refused_also_where_snakemake_reads_the_config(tmp_path):
+    folder = workplace(tmp_path)
+    (folder / "twice.yaml").write_text(TINY.read_text() + "\nseeds: [3]\n")
+    result = snakemake(folder, "--configfile", "twice.yaml", "--dry-run")
+    assert result.returncode != 0
+    assert "'seeds' is given twice" in result.stdout + result.stderr
+
+
+def test_data_are_looked_at_before_anything_long_starts():
+    rules = "".join(path.read_text() for path in (ROOT / "workflow" / "rules").glob("*.smk"))
+    priorities = dict(re.findall(r"^rule (\w+):\n(?:    .*\n|\n)*?    priority: (\d+)$", rules, re.MULTILINE))
+    assert max(priorities, key=lambda rule: int(priorities[rule])) == "prepare"
+    assert "learn" in priorities
 
 
 def test_braces_and_quotes_in_names_reach_the_commands_as_they_are(tmp_path):
