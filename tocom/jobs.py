@@ -293,7 +293,7 @@ class Plan:
         """Return the job that imports a timm model."""
         study, name = self.backbones[wildcards.store, wildcards.backbone], wildcards.backbone
         entry = study.backbone(name)
-        same = {key: getattr(entry, key) for key in ImportJob.model_fields if key not in ("architecture",)}
+        same = {key: getattr(entry, key) for key in ImportJob.model_fields if key != "architecture"}
         return ImportJob(architecture=entry.timm, **same)
 
     def pretrain(self, wildcards: Any) -> PretrainJob:
@@ -366,11 +366,8 @@ class Plan:
 
     def backbone_file(self, wildcards: Any) -> str:
         """Return the bundled or given checkpoint of a backbone, or the one that the workflow makes."""
-        names = getattr(wildcards, "study", None)
-        if names is None:
-            study, name = self.backbones[wildcards.store, wildcards.backbone], wildcards.backbone
-        else:
-            study, name = self.studies[names], wildcards.backbone
+        name, of_study = wildcards.backbone, hasattr(wildcards, "study")  # else a job of the store
+        study = self.study(wildcards) if of_study else self.backbones[wildcards.store, name]
         entry = study.backbone(name)
         return f"{study.store_folder}/backbones/{name}.safetensors" if entry.is_made else str(resolve(entry.checkpoint))
 
