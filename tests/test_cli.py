@@ -95,6 +95,13 @@ def test_a_study_by_hand_from_images_to_cells(backbone, tmp_path):
     works("throughput", speed, "--backbone", backbone, *added, "-o", tmp_path / "s.csv")
     assert len((tmp_path / "s.csv").read_text().splitlines()) == 3
     assert "--compensator tocom=FILE" in fails("throughput", speed, "--backbone", backbone, "-o", tmp_path / "no")
+    works(
+        "learn", json.dumps({"max_degree": 4, "seed": 1, "settings": LEARN}), "--backbone", backbone, "-o", f"{part}1"
+    )
+    both = [*added, "--compensator", f"tocom={part}1"]
+    works("evaluate", json.dumps(job), "--checkpoint", models, "--data", data, *both, "-o", cells)
+    assert {c["compensator_seed"] for c in load_arrays(cells)[1]["cells"] if c["compensated"]} == {0}
+    assert "give one" in fails("throughput", speed, "--backbone", backbone, *both, "-o", tmp_path / "no")
     assert "write NAME=VALUE" in fails("throughput", speed, "--backbone", backbone, "-o", "no", "--compensator", part)
     assert "no checkpoint train-0_seed-0" in fails(
         "transfer", gap, "--data", f"digits={data}", "--checkpoints", f"digits={tmp_path}", "-o", tmp_path / "no"

@@ -11,6 +11,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from scipy import stats
 from typer.testing import CliRunner
 
 from tests.small import ARCHITECTURE, KWARGS
@@ -18,7 +19,7 @@ from tocom import plan as planning
 from tocom.cli import app
 from tocom.errors import TocomError
 from tocom.jobs import Plan
-from tocom.plan import Passes, disk, hours, jobs_by_rule, passes, read_rates, sizes_of
+from tocom.plan import Passes, disk, hours, jobs_by_rule, passes, power_of, read_rates, sizes_of
 from tocom.stages.works import Subject
 
 METHODS = {
@@ -110,12 +111,12 @@ def test_jobs_are_those_counted_by_hand():
         "gather_throughput": 1,
         "gather_transfer": 1,
     }
-    tiny = {"pretrain_backbone": 1, "learn": 1, "prepare": 2, "transfer": 1, "throughput": 1, "all": 1}
+    tiny = {"pretrain_backbone": 1, "learn": 2, "prepare": 2, "transfer": 1, "throughput": 1, "all": 1}
     # plain has 2 degrees x 2 seeds, drawn has 2 seeds: batches of three are two and one.
     tiny |= {"finetune": 2 * (2 + 1), "evaluate": 2 * (2 + 1)}
     assert jobs_by_rule(Plan({"a": TINY})) == each | tiny
-    # cifar100, VTAB's one set of files, and ImageNet for both backbones; scales alone share what is learned.
-    large = {"fetch": 3, "import_backbone": 2, "learn": 2, "prepare": 3, "paper_table": 1, "all": 1}
+    # cifar100, VTAB's one set of files, and ImageNet for both backbones; scales alone share what each seed learns.
+    large = {"fetch": 3, "import_backbone": 2, "learn": 2 * 3, "prepare": 3, "paper_table": 1, "all": 1}
     # plain and pruned have 6 checkpoints in batches of 4, drawn has 3.
     large |= {"finetune": 2 * 3 * (2 + 1 + 2), "evaluate": 2 * 3 * (2 + 1 + 2), "transfer": 2 * 2, "throughput": 2 * 2}
     assert jobs_by_rule(Plan({"a": LARGE})) == each | large
@@ -129,8 +130,9 @@ def test_jobs_are_those_counted_by_hand():
 
 def test_what_studies_share_is_made_once():
     shared = {"store": "results/shared"}
-    counts = jobs_by_rule(Plan({"a": LARGE | shared, "b": LARGE | shared | {"study": "other"}}))
-    assert (counts["fetch"], counts["import_backbone"], counts["learn"]) == (3, 2, 2)
+    other = {"study": "other", "seeds": [2, 5]}
+    counts = jobs_by_rule(Plan({"a": LARGE | shared, "b": LARGE | shared | other}))
+    assert (counts["fetch"], counts["import_backbone"], counts["learn"]) == (3, 2, 2 * 4)
     assert counts["prepare"] == 6
 
 
@@ -142,8 +144,8 @@ def test_images_of_the_tiny_study_are_those_counted_by_hand():
     assert by_stage(found) == {
         # Two epochs of 128; 32 held-out ones after each of them, and at degrees 0 to 4.
         "pretrain": [2 * 128, 32 * (2 + 5)],
-        # 32 held-out ones, by teacher and student, before the two epochs and after each.
-        "learn": [2 * 64, 2 * 3 * 32],
+        # Two seeds; 32 held-out ones, by teacher and student, before the two epochs and after each.
+        "learn": [2 * 2 * 64, 2 * 2 * 3 * 32],
         # Two tasks, two seeds, degrees 0 and 4 (scored at one degree) and random ones (scored at three); two epochs.
         "finetune": [2 * 2 * 3 * 2 * 64, 2 * 2 * 2 * 32 * (1 + 1 + 3)],
         # Plain at both degrees; compensated at the other one, after two scales were tried.
@@ -173,11 +175,13 @@ def test_images_are_those_of_a_real_run(tmp_path, monkeypatch):
     monkeypatch.setattr(throughput, "peak_memory_mb", lambda *_: 1.0)
     plan, sizes, found = planned(TINY)
     study = plan.studies["tiny"]
-    it = SimpleNamespace(study="tiny", store="results/tiny", backbone="vit", part=next(iter(plan.learned))[2])
+    it = SimpleNamespace(study="tiny", store="results/tiny", backbone="vit")
     stage = "pretrain"
     pretrain.pretrain(plan.pretrain(it), "vit")
     stage = "learn"
-    learn.learn(plan.learn(it), "vit", "learned")
+    for job in plan.learned.values():
+        learn.learn(job, "vit", f"learned-{job.seed}")
+    added = {"added": ["learned-0", "learned-1"]}
     for task in study.task_names:
         prepare(task, task, study.data_for(task).model_dump(include={"train", "val", "test"}))
         for tuned in study.tuned:
@@ -186,12 +190,12 @@ def test_images_are_those_of_a_real_run(tmp_path, monkeypatch):
                 one, stage = SimpleNamespace(**vars(it), task=task, tuned=tuned, batch=batch), "finetune"
                 finetune.finetune(plan.finetune(one), "vit", task, files)
                 stage = "evaluate"
-                evaluate.evaluate(plan.evaluate(one), files, task, {"added": "learned"}, f"{files}-predicted")
+                evaluate.evaluate(plan.evaluate(one), files, task, added, f"{files}-predicted")
     it.tuned, stage = "plain", "transfer"
     folders = {task: [f"{task}-plain-{batch}" for batch in study.batches("plain")] for task in study.task_names}
     transfer.transfer(plan.transfer(it), dict(zip(study.task_names, study.task_names, strict=True)), folders)
     stage = "throughput"
-    throughput.throughput(plan.throughput(it), "vit", {"added": "learned"})
+    throughput.throughput(plan.throughput(it), "vit", {"added": "learned-0"})
     expected = {}
     for item in found:
         expected[item.stage] = expected.get(item.stage, 0) + item.images * (2 if item.work == "distillation" else 1)
@@ -224,7 +228,7 @@ def test_partial_batches_are_left_out_where_images_are_mixed_and_a_tenth_at_most
     mixed = {"batch_size": 6, "mixup": 0.8}
     config = TINY | {"finetune": CPU | mixed, "learn": CPU | mixed | {"source": str(tmp_path), "images": None}}
     found = by_stage(planned(config)[2])
-    assert found["learn"] == [2 * 18, 2 * 3 * 2]  # of 25, 2 are held out, and of 23, three batches are full
+    assert found["learn"] == [2 * 2 * 18, 2 * 2 * 3 * 2]  # of 25, 2 are held out, and of 23, three batches are full
     assert found["finetune"][0] == 2 * 2 * 3 * 2 * 60
 
 
@@ -299,6 +303,59 @@ def test_rates_of_a_file_are_those_of_the_backbone_size_and_stage(tmp_path):
         read_rates("gone.csv", found)
 
 
+# --- power ----------------------------------------------------------------------------------------------------------
+
+
+def detected(error, df):
+    """Return the gain that a t-test on trainings finds with 80 % power at the 5 % level, to a hundredth."""
+    gains, critical = np.arange(0, 40, 0.001), stats.t.isf(0.025, df)
+    away = gains / error
+    power = stats.nct.sf(critical, df, away) + stats.nct.sf(critical, df, -away)
+    return float(gains[np.flatnonzero(power >= 0.8)[0]])
+
+
+def test_the_detectable_gain_is_that_of_a_test_on_trainings_if_images_do_not_differ():
+    spread = {"image": 0, "seed": 1.5, "compensator": 1.0, "rest": 25}
+    whole = TINY | {"seeds": [0, 1, 2], "analysis": {"expected": spread}}
+    own = (1.5**2 + 25**2 / 60) / 2  # two tasks of 60 test images
+    name, seeds, images, gain = power_of(*_study_and_sizes(whole))
+    assert (name, seeds) == ("tiny: added over plain (vit), all tasks, 0 → 4", "3")
+    assert images == "2 × 60"
+    assert float(gain.split()[0]) == pytest.approx(detected(((own + 1) / 3) ** 0.5, 2), abs=0.02)
+    # Nothing is learned: each task tells something of how trainings differ.
+    drawn = whole | {"endpoint": {"compare": ["plain", "drawn"]}, "compare": [["plain", "drawn"]]}
+    name, *_, gain = power_of(*_study_and_sizes(drawn))
+    assert name.startswith("tiny: drawn over plain")
+    assert float(gain.split()[0]) == pytest.approx(detected((own / 3) ** 0.5, 4), abs=0.02)
+    one = whole | {"endpoint": {"tasks": "digits", "train_degree": 4, "infer_degree": 0}}
+    name, _, images, gain = power_of(*_study_and_sizes(one))
+    assert (name.split("), ")[1], images) == ("digits, 4 → 0", "1 × 60")
+    assert float(gain.split()[0]) == pytest.approx(detected(((2 * own + 1) / 3) ** 0.5, 2), abs=0.02)
+
+
+def _study_and_sizes(config):
+    plan, sizes, _ = planned(config)
+    return plan.studies[config["study"]], sizes
+
+
+def test_what_cannot_be_detected_or_is_not_known_is_said():
+    expected = {"analysis": {"expected": {"image": 30.0}}}
+    fewer, more = (TINY | {"seeds": list(range(n))} | expected for n in (2, 9))
+    gains = [float(power_of(*_study_and_sizes(config))[3].split()[0]) for config in (fewer, more)]
+    assert gains[0] > 3 * gains[1]
+    assert power_of(*_study_and_sizes(TINY | {"seeds": [0]}))[3] == "none"
+    assert power_of(*_study_and_sizes(LARGE))[2:] == ("3 × unknown", "unknown: give data.test")
+    assert power_of(*_study_and_sizes(LARGE | {"data": {"test": 500}}))[3].startswith("unknown")  # of `mine`, still
+    sizes = {("tiny", "digits"): {"test": 50}, ("tiny", "rotation"): {"test": 7_000}}
+    study = _study_and_sizes(TINY)[0]
+    assert power_of(study, sizes)[2] == "2 × 50 to 7,000"
+    nothing = power_of(*_study_and_sizes(TINY | {"compare": []}))
+    assert nothing == ("tiny: compares nothing", "2", "", "")
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("config", [TINY, SCENES], ids=["classify", "segment"])
 def test_the_command_measures_here_and_prints_everything(config, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -306,10 +363,13 @@ def test_the_command_measures_here_and_prints_everything(config, tmp_path, monke
     (tmp_path / "b.yaml").write_text(json.dumps(LARGE | {"backbones": TINY["backbones"], "tasks": ["digits"]}))
     result = CliRunner().invoke(app, ["plan", str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml"), "--device", "cuda:0"])
     assert result.exit_code == 0, result.output
-    plan, _, found = planned(config, LARGE | {"backbones": TINY["backbones"], "tasks": ["digits"]})
+    plan, sizes, found = planned(config, LARGE | {"backbones": TINY["backbones"], "tasks": ["digits"]})
     lines = {line.split()[1]: line for line in result.output.splitlines() if len(line.split()) > 2}
     assert all(str(count) in lines[rule] for rule, count in jobs_by_rule(plan).items() if rule not in by_stage(found))
     for stage, images in by_stage(found).items():
         assert all(f"{count:,}" in lines[stage] for count in images)
         assert 0 < float(lines[stage].split()[7]) < 1
+    words = " ".join(result.output.replace("│", " ").split())
+    assert all(cell in words for study in plan.studies.values() for cell in power_of(study, sizes)[2:])
+    assert "analysis.expected says" in words
     assert "torch sees no GPU: the hours are those of this processor" in result.output

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.small import refusal
-from tocom.jobs import EvaluateJob, FinetuneJob, LearnJob, read_job
+from tocom.jobs import EvaluateJob, FinetuneJob, LearnJob, Plan, read_job
 from tocom.methods import PARTS
 from tocom.parts import part_class
 from tocom.settings import STAGES, EvaluateSettings, FinetuneSettings
@@ -185,7 +186,7 @@ def test_methods_inherit_share_checkpoints_and_learn_once():
     assert (study.train_degrees_of("tome"), study.train_degrees_of("random_degree")) == (("0", "10", "14"), ("random",))
     low = study.methods["low"].compensator.options
     assert (low.rank, low.dropout, study.methods["low"].changes) == (1, 0, {"compensator": {"rank": 1}})
-    files = {name: study.learned_file("glyph_vit", name) for name in study.methods}
+    files = {name: study.learned_file("glyph_vit", name, 0) for name in study.methods}
     assert files["tocom"] == files["half"] != files["low"]
     assert [name for name, file in files.items() if file is None] == ["tome", "random_degree", "fused"]
     assert study.gap_degrees("tome") == ("0", "14")
@@ -194,12 +195,47 @@ def test_methods_inherit_share_checkpoints_and_learn_once():
 
 def test_what_is_learned_in_another_way_has_another_file():
     def file(**changes):
-        return parse_study(changed(**changes)).learned_file("glyph_vit", "tocom")
+        return parse_study(changed(**changes)).learned_file("glyph_vit", "tocom", 0)
 
     recipes = [{}, {"learn": {}}, {"max_degree": 16}, {"backbones": [LETTERS | {"images": "data/photos"}]}]
     assert len({file(**recipe) for recipe in recipes}) == len(recipes)
     assert file(store="shared").parent == Path("shared/learned/glyph_vit")
     assert file(store="shared").name == file().name
+
+
+def test_studies_with_other_seeds_share_what_both_learn_and_every_seed_goes_its_own_way():
+    methods = {
+        "drop": {"compressor": "tests.own_parts:Gate"},
+        "added": {"like": "drop", "compensator": "tocom"},
+    }
+    configs = {
+        name: changed(study=name, store="shared", seeds=seeds, methods=methods, compare=[], checkpoints_per_job=2)
+        for name, seeds in (("a", [0, 1, 2]), ("b", [2, 5]))
+    }
+    plan = Plan(configs)
+    a, b = plan.studies.values()
+    names = {
+        role: [a.learned_name("glyph_vit", "added", seed, role) for seed in (0, 1, 2, 5)]
+        for role in ("compressor", "compensator")
+    }
+    assert names["compensator"][2:] == [b.learned_name("glyph_vit", "added", seed, "compensator") for seed in (2, 5)]
+    assert {name for _, _, name in plan.learned} == {*names["compressor"], *names["compensator"]}
+    for role, listed in names.items():
+        for name, seed in zip(listed, (0, 1, 2, 5), strict=True):
+            job = plan.learned["shared", "glyph_vit", name]
+            assert (job.seed, job.compensator is None) == (seed, role == "compressor")
+    folder = "shared/learned/glyph_vit"
+    for gate, compensator in zip(names["compressor"], names["compensator"], strict=True):
+        it = SimpleNamespace(store="shared", backbone="glyph_vit", part=compensator)
+        assert plan.learned_before(it) == [f"{folder}/{gate}.safetensors"]
+    # Degrees 0, 10 and 14 with seeds 0, 1 and 2, two a job: a job is given what was learned with its own seeds.
+    it = SimpleNamespace(study="a", backbone="glyph_vit", tuned="drop", batch="batch-1")
+    files = {r: [f"{folder}/{name}.safetensors" for name in listed] for r, listed in names.items()}
+    assert (a.batches("drop")["batch-1"], plan.compressors(it)) == ((("0", 2), ("10", 0)), files["compressor"][:3:2])
+    assert plan.compensators(it) == [("added", file) for file in files["compensator"][:3:2]]
+    assert (plan.timed_compressor(it), plan.timed_compensators(it)) == (
+        files["compressor"][:1], [("added", files["compensator"][0])])  # fmt: skip
+    assert plan.all_learned(SimpleNamespace(study="b")) == files["compensator"][2:]
 
 
 def test_a_task_changes_sections_key_by_key():
@@ -235,9 +271,10 @@ def test_a_job_survives_the_way_through_a_command_line_and_a_file(job, tmp_path)
 
 
 def test_changes_of_a_job_reach_what_they_name():
-    changes = ["settings.lr=1e-4", "settings.source=data/x", "compensator.kind=tocom"]
+    changes = ["settings.lr=1e-4", "settings.source=data/x", "compensator.kind=tocom", "seed=1"]
     job = read_job(LearnJob, '{"max_degree": 4}', changes)
     assert (job.settings.lr, job.settings.source, job.compensator) == (1e-4, "data/x", {"kind": "tocom"})
+    assert job.seed == 1
 
 
 @pytest.mark.parametrize(

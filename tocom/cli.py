@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import typer
 
 from tocom.cli_analyse import app as analyse
-from tocom.cli_common import BackboneOption, JobArgument, Output, Sets, pairs, say, table
+from tocom.cli_common import BackboneOption, JobArgument, Output, Sets, grouped, pairs, say, table
 from tocom.cli_data import data
 from tocom.errors import TocomError
 
@@ -29,6 +29,14 @@ DataOption = Annotated[Path, typer.Option("--data", help="A prepared task (`toco
 Compensators = Annotated[
     Optional[list[str]],
     typer.Option("--compensator", metavar="METHOD=FILE", help="A method's compensator. Repeatable."),
+]
+CompensatorsBySeed = Annotated[
+    Optional[list[str]],
+    typer.Option(
+        "--compensator",
+        metavar="METHOD=FILE",
+        help="A method's compensator. Repeatable, for a method too: a model gets the one learned with its seed.",
+    ),
 ]
 Learned = Annotated[Optional[Path], typer.Option(help="File of the compressor, if it is one that is learned.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode and augment images.")]
@@ -89,7 +97,7 @@ def learn(
     processes: Processes = 1,
     nodes: Nodes = 1,
 ) -> None:
-    """Learn a compensator (or a compressor) on a frozen backbone, once for all tasks."""
+    """Learn a compensator (or a compressor) on a frozen backbone with one seed, for all tasks."""
     from tocom.distributed import launch
     from tocom.jobs import LearnJob, read_job
     from tocom.stages.learn import learn as stage
@@ -109,7 +117,10 @@ def finetune(
     backbone: BackboneOption,
     data: DataOption,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the checkpoints.")],
-    learned: Learned = None,
+    learned: Annotated[
+        Optional[list[Path]],
+        typer.Option(help="File of the compressor, if it is one that is learned. Repeatable: one of each seed."),
+    ] = None,
     sets: Sets = None,
     workers: Workers = 0,
     processes: Processes = 1,
@@ -135,7 +146,7 @@ def evaluate(
     checkpoint: Annotated[list[Path], typer.Option(help="A fine-tuned model, or a folder of them. Repeatable.")],
     data: DataOption,
     output: Output,
-    compensator: Compensators = None,
+    compensator: CompensatorsBySeed = None,
     sets: Sets = None,
 ) -> None:
     """Evaluate every cell (method, inference degree) of some checkpoints of one task."""
@@ -144,7 +155,7 @@ def evaluate(
 
     it = read_job(EvaluateJob, job, sets or ())
     files = checkpoint[0] if len(checkpoint) == 1 else checkpoint
-    stage(it, files, data, pairs(compensator, "--compensator"), output)
+    stage(it, files, data, grouped(compensator, "--compensator"), output)
 
 
 @app.command()
@@ -160,10 +171,7 @@ def transfer(
     from tocom.jobs import TransferJob, read_job
     from tocom.stages.transfer import transfer as stage
 
-    folders: dict[str, list[str]] = {}
-    for text in checkpoints:
-        for task, folder in pairs([text], "--checkpoints").items():
-            folders.setdefault(task, []).append(folder)
+    folders = grouped(checkpoints, "--checkpoints")
     write_rows(stage(read_job(TransferJob, job, sets or ()), pairs(data, "--data"), folders), output)
 
 
@@ -340,7 +348,7 @@ def plan(
     rates: Annotated[Optional[Path], typer.Option(help="A benchmark.csv of the machine that will run them.")] = None,
     device: Annotated[Optional[str], typer.Option(help="Device to measure on; by default the first study's.")] = None,
 ) -> None:
-    """Print the jobs, images, hours and disk space that some studies will take together, from nothing."""
+    """Print the jobs, images, hours and disk space that some studies will take, and which gain each can detect."""
     from tocom.plan import show_plan
 
     show_plan(configs, rates, device)

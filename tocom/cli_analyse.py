@@ -38,17 +38,18 @@ def cells(folder: FolderArgument, output: Output, predictions: PredictionsArgume
 
 
 @app.command()
-def compare(folder: FolderArgument, output: Output, predictions: PredictionsArgument = None) -> None:
-    """Compare methods pair by pair, as the study declares: gains, intervals, tests, Holm correction."""
+def compare(folder: FolderArgument, output: FolderOption, predictions: PredictionsArgument = None) -> None:
+    """Compare methods pair by pair, as the study declares: significance.csv, and what harm they do: harm.csv."""
+    from tocom.analysis import compare as stage
     from tocom.analysis.cells import records
-    from tocom.analysis.compare import compare as stage
     from tocom.analysis.planned import prediction_files
     from tocom.files import write_text
     from tocom.study import read_study
 
     study = read_study(folder / "study.json")
-    result = stage(study, records(predictions or prediction_files(study, folder)))
-    write_text(output, result.to_csv(index=False, lineterminator="\n", float_format="%.10g"))
+    there = records(predictions or prediction_files(study, folder))
+    for name, frame in {"significance": stage.compare(study, there), "harm": stage.harm(study, there)}.items():
+        write_text(output / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n", float_format="%.10g"))
 
 
 @app.command()
@@ -63,7 +64,7 @@ def concat(
 
 @app.command()
 def tables(folder: FolderArgument, output: FolderOption) -> None:
-    """Write the tables main, tasks, significance and throughput as Markdown, HTML and LaTeX (booktabs)."""
+    """Write the tables main, tasks, significance, methods, variance and throughput as Markdown, HTML and LaTeX."""
     from tocom.analysis.report import write_tables
 
     write_tables(folder, output)
@@ -114,6 +115,35 @@ def show(folder: FolderArgument) -> None:
 
 
 @app.command()
+def convergence(
+    folder: FolderArgument,
+    longer: Annotated[Path, typer.Argument(help="The folder of the same study with more epochs of fine-tuning.")],
+    within: Annotated[float, typer.Option(help="Points that more epochs may move a mean by.")] = 1.0,
+) -> None:
+    """Print by how much more epochs move the mean validation scores; exit status 1 if by too much."""
+    from tocom.analysis.curves import convergence as moved
+    from tocom.analysis.run import Run
+
+    frame = moved(Run.read(folder), Run.read(longer))
+    rows = [
+        (
+            *(
+                one.backbone,
+                one.method,
+                one.train_degree,
+                str(one.trainings),
+                f"{one.epochs:g} → {one.epochs_longer:g}",
+            ),
+            *(f"{one.score:.1f}", f"{one.score_longer:.1f}", f"{one.change:+.2f}"),
+        )
+        for one in frame.itertuples()
+    ]
+    table(("backbone", "method", "train degree", "trainings", "epochs", "score (%)", "with more", "change"), rows)
+    if (frame.change.abs() > within).any():
+        raise TocomError(f"more epochs move a mean by more than {within:g} points; fine-tune longer")
+
+
+@app.command()
 def headline(folder: FolderArgument) -> None:
     """Print the figures that the demo has to reach, measured; exit status 1 if one is missed."""
     from tocom.analysis.headline import headline as figures_to_reach
@@ -123,3 +153,24 @@ def headline(folder: FolderArgument) -> None:
     table(("figure", "measured", "target", "reached"), rows)
     if not all(one.reached for one in found):
         raise TocomError("a figure was missed; see the table above")
+
+
+@app.command()
+def simulate(
+    output: FolderOption,
+    repeats: Annotated[int, typer.Option(min=8, help="Made-up studies of a case; costly ones take fewer.")] = 2_000,
+    processes: Annotated[int, typer.Option(min=1, help="How many at a time; the figures do not depend on it.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of what is drawn.")] = 0,
+) -> None:
+    """Make up studies with a known truth and say how often tests, intervals and tables are wrong."""
+    from tocom.analysis import simulate as simulation
+    from tocom.files import write_rows, write_text
+
+    found = simulation.simulate(simulation.grid(), repeats, processes, seed)
+    write_rows(found, output / "simulation.csv")
+    write_text(output / "simulation.md", "\n".join(table.markdown() for table in simulation.report(found)))
+    beyond = simulation.bounded(found)
+    say(
+        f"{(beyond.beyond > 0).sum()} of {len(beyond)} figures are beyond their bounds, {(beyond.beyond > 3).sum()} by"
+        " more than 3 Monte Carlo errors"
+    )

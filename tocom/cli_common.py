@@ -32,12 +32,28 @@ def pairs(texts: list[str] | None, option: str) -> dict[str, str]:
     """Return NAME=VALUE texts as a mapping.
 
     Raises:
+        TocomError: a text has no "=", or a name has several values.
+    """
+    found = grouped(texts, option)
+    for name, values in found.items():
+        if len(set(values)) > 1:
+            raise TocomError(f"{option} {name} is given {' and '.join(values)}; give one")
+    return {name: values[0] for name, values in found.items()}
+
+
+def grouped(texts: list[str] | None, option: str) -> dict[str, list[str]]:
+    """Return NAME=VALUE texts as a mapping from names to their values.
+
+    Raises:
         TocomError: a text has no "=".
     """
+    found: dict[str, list[str]] = {}
     for text in texts or []:
-        if "=" not in text:
+        name, separator, value = text.partition("=")
+        if not separator:
             raise TocomError(f"{option} {text!r}: write NAME=VALUE")
-    return dict(text.split("=", 1) for text in texts or [])
+        found.setdefault(name, []).append(value)
+    return found
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:

@@ -14,8 +14,15 @@ from typing import Any
 
 from tocom.errors import TocomError
 
+#: One file, or several.
+Paths = str | os.PathLike | Sequence[str | os.PathLike]
 #: First bytes of the formats that hide code: zip (torch.save), pickle protocols 2 to 5.
 _FOREIGN = {b"PK": "a zip archive, as torch.save writes", b"\x80": "a Python pickle"}
+
+
+def listed(paths: Paths) -> list[Path]:
+    """Return one path, or several, as a list."""
+    return [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
 
 
 @contextlib.contextmanager

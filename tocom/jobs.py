@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar
+from itertools import product
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -74,13 +75,14 @@ class PretrainJob(Job):
 
 
 class LearnJob(Job):
-    """Learn a part on a frozen backbone, once for all tasks."""
+    """Learn a part on a frozen backbone with one seed, for all tasks."""
 
     compressor: PartSpec = Field(DEFAULTS["compressor"], description="what a block does at a degree")
     compensator: PartSpec | None = Field(
         DEFAULTS["compensator"], description="what is learned; null: the compressor itself"
     )
     max_degree: int = Field(ge=1, description="highest degree")
+    seed: Annotated[int, Field(ge=0)] = Field(0, description="of its initial weights and of training")
     settings: LearnSettings = LearnSettings()
     data_root: str = Field("data", description="folder of the data sets that `tocom data fetch` downloads")
 
@@ -246,15 +248,14 @@ class Plan:
                     f"{first.study} and {study.study} mean different things by the backbone {backbone.name!r} of their"
                     f" store {store}; give one of them another name"
                 )
-            for method in study.methods:
-                for role in ("compressor", "compensator"):
-                    name = study.learned_name(backbone.name, method, role)
-                    if name is not None:
-                        key = (store, backbone.name, name)
-                        self.learned.setdefault(key, _learn_job(study, backbone.name, method, role))
-                        behind = study.learned_file(backbone.name, method, "compressor")
-                        if role == "compensator" and behind is not None:
-                            self.learned_behind[key] = str(behind)
+            for method, seed, role in product(study.methods, study.seeds, ("compressor", "compensator")):
+                name = study.learned_name(backbone.name, method, seed, role)
+                if name is not None:
+                    key = (store, backbone.name, name)
+                    self.learned.setdefault(key, _learn_job(study, backbone.name, method, seed, role))
+                    behind = study.learned_file(backbone.name, method, seed, "compressor")
+                    if role == "compensator" and behind is not None:
+                        self.learned_behind[key] = str(behind)
 
     # --- what the wildcards stand for ------------------------------------------------------------------------
 
@@ -371,30 +372,43 @@ class Plan:
         entry = study.backbone(name)
         return f"{study.store_folder}/backbones/{name}.safetensors" if entry.is_made else str(resolve(entry.checkpoint))
 
-    def compensators(self, wildcards: Any) -> dict[str, str]:
-        """Return method -> file of the compensators of all methods that share the checkpoints ``tuned``."""
+    def compensators(self, wildcards: Any) -> list[tuple[str, str]]:
+        """Return (method, file) of the compensators that a batch of checkpoints is evaluated with, one a seed of it."""
         study = self.study(wildcards)
-        return self._files_of(study, wildcards.backbone, study.sharing(wildcards.tuned))
+        return self._files_of(study, wildcards.backbone, study.sharing(wildcards.tuned), self._seeds_of(wildcards))
 
-    def timed_compensators(self, wildcards: Any) -> dict[str, str]:
-        """Return method -> file of the compensators that are timed beside ``tuned``."""
+    def timed_compensators(self, wildcards: Any) -> list[tuple[str, str]]:
+        """Return (method, file) of the compensators that are timed beside ``tuned``: any seed costs the same."""
         study = self.study(wildcards)
-        return self._files_of(study, wildcards.backbone, self.measured_with(study, wildcards.tuned))
+        return self._files_of(study, wildcards.backbone, self.measured_with(study, wildcards.tuned), study.seeds[:1])
 
     @staticmethod
-    def _files_of(study: Study, backbone: str, methods: Iterable[str]) -> dict[str, str]:
-        files = {method: study.learned_file(backbone, method) for method in methods}
-        return {method: str(path) for method, path in files.items() if path is not None}
+    def _files_of(
+        study: Study, backbone: str, methods: Iterable[str], seeds: Iterable[int], role: str = "compensator"
+    ) -> list[tuple[str, str]]:
+        files = [(method, study.learned_file(backbone, method, seed, role)) for method, seed in product(methods, seeds)]
+        return [(method, str(path)) for method, path in files if path is not None]
+
+    def _seeds_of(self, wildcards: Any) -> list[int]:
+        batch = self.study(wildcards).batches(wildcards.tuned)[wildcards.batch]
+        return sorted({checkpoint.seed for checkpoint in batch})
 
     def learned_before(self, wildcards: Any) -> list[str]:
         """Return the file of the learned compressor that a compensator is learned behind, if it is one."""
         key = (wildcards.store, wildcards.backbone, wildcards.part)
         return [self.learned_behind[key]] if key in self.learned_behind else []
 
-    def learned_compressor(self, wildcards: Any) -> list[str]:
-        """Return the file of a learned compressor, if it is one."""
-        path = self.study(wildcards).learned_file(wildcards.backbone, wildcards.tuned, "compressor")
-        return [] if path is None else [str(path)]
+    def compressors(self, wildcards: Any) -> list[str]:
+        """Return the files of the compressor that a batch is fine-tuned with, one a seed of it, if it is learned."""
+        return self._compressors(wildcards, self._seeds_of(wildcards))
+
+    def timed_compressor(self, wildcards: Any) -> list[str]:
+        """Return the file of the compressor that is timed, if it is learned."""
+        return self._compressors(wildcards, self.study(wildcards).seeds[:1])
+
+    def _compressors(self, wildcards: Any, seeds: Iterable[int]) -> list[str]:
+        study, tuned = self.study(wildcards), [wildcards.tuned]
+        return [file for _, file in self._files_of(study, wildcards.backbone, tuned, seeds, "compressor")]
 
     def fetched(self, name: str | None, root: str) -> list[str]:
         """Return the mark that a data set of the catalogue was downloaded; other names need none."""
@@ -432,8 +446,8 @@ class Plan:
     def all_learned(self, wildcards: Any) -> list[str]:
         """Return the files of all compensators of a study."""
         study = self.study(wildcards)
-        files = [study.learned_file(backbone.name, method) for backbone in study.backbones for method in study.methods]
-        return list(dict.fromkeys(str(path) for path in files if path is not None))
+        found = [self._files_of(study, backbone.name, study.methods, study.seeds) for backbone in study.backbones]
+        return list(dict.fromkeys(file for files in found for _, file in files))
 
     @property
     def pretrained(self) -> list[str]:
@@ -480,13 +494,14 @@ class Plan:
         return name == next(tuned for tuned in study.tuned if study.methods[tuned].compressor.described() == wanted)
 
 
-def _learn_job(study: Study, backbone: str, method: str, role: str) -> LearnJob:
+def _learn_job(study: Study, backbone: str, method: str, seed: int, role: str) -> LearnJob:
     chosen, settings = study.methods[method], study.learn_for(method)
     source = settings.source or study.backbone(backbone).images
     return LearnJob(
         compressor=chosen.compressor.described(),
         compensator=chosen.compensator.described() if role == "compensator" else None,
         max_degree=study.max_degree,
+        seed=seed,
         settings=settings.model_copy(update={"source": source}),
         **({} if source is None else {"data_root": study.data.root}),  # where letters are learned on, it is no matter
     )

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from tocom.degrees import Degree, counts, limit, token_counts
 from tocom.errors import TocomError, suggest
-from tocom.files import check_finite, digest, load_tensors, save_tensors
+from tocom.files import Paths, check_finite, digest, listed, load_tensors, save_tensors
 from tocom.methods import PARTS
 from tocom.settings import Settings, explain
 
@@ -480,3 +480,19 @@ def load_part(path: Any, role: str) -> Any:
     if role == "compensator":
         part.compressor = about["compressor"]
     return part.eval()
+
+
+def file_of_seed(paths: Paths, seed: int) -> Path:
+    """Return which file of a learned part goes with the models of a seed: the one learned with it, or the only one.
+
+    Raises:
+        TocomError: of several, not just one says that it was learned with the seed; or one cannot be read.
+    """
+    files = listed(paths)
+    found = files if len(files) == 1 else [path for path in files if load_tensors(path)[1].get("seed") == seed]
+    if len(found) != 1:
+        raise TocomError(
+            f"{len(found)} of the files {', '.join(map(str, files))} say that they were learned with seed {seed}, that"
+            " of a model; give one for each seed, or a single file for all"
+        )
+    return found[0]

@@ -1,4 +1,4 @@
-"""What some studies will take, before anyone starts them: jobs, images through models, device hours, disk space.
+"""What some studies will take and can show, before anyone starts: jobs, images, device hours, disk space, power.
 
 Counts are arithmetic on the configs; hours are counts times a short measurement, or times the rates in a benchmark.csv.
 Where a count depends on what comes out, it is the most there can be. nan stands for what cannot be known yet.
@@ -310,6 +310,28 @@ def read_rates(path: Path, found: Iterable[Passes]) -> tuple[Rates, str]:
     return rates, f"{', '.join(sorted(set(rows['device'])))}, from {path}"
 
 
+# --- power ------------------------------------------------------------------------------------------------------------
+
+
+def power_of(study: Study, sizes: Sizes) -> tuple[str, ...]:
+    """Return the primary endpoint of a study, its seeds, its test images, and the gain that it can detect, as text."""
+    from tocom.analysis.across import detectable
+    from tocom.analysis.planned import endpoint
+    from tocom.analysis.stats import Spreads
+
+    end, seeds = endpoint(study), len(study.seeds)
+    if end is None:
+        return f"{study.study}: compares nothing", str(seeds), "", ""
+    name = f"{study.study}: {end.after} over {end.before} ({end.backbone}), {end.scope.name}"
+    images = [sizes[study.study, task]["test"] for task in end.scope.tasks]
+    expected = Spreads(**study.analysis.expected.model_dump(), task=math.nan)
+    gain = detectable(study, (end.before, end.after), expected, seeds, images)
+    known = not any(map(math.isnan, images))
+    each = " to ".join(f"{size:,.0f}" for size in sorted({min(images), max(images)})) if known else "unknown"
+    found = "none" if seeds < 2 else f"{gain:.2f} points" if known else "unknown: give data.test"
+    return f"{name}, {end.point.train} → {end.point.infer}", str(seeds), f"{len(images)} × {each}", found
+
+
 # --- output -----------------------------------------------------------------------------------------------------------
 
 
@@ -354,6 +376,10 @@ def show_plan(configs: Sequence[Path], rates: Path | None, device: str | None) -
         rows.append((stage, *images, total((hours(item, known) for item in items), _hours_text)))
     table(("stage", "training images", "inference images", "hours"), rows)
     table(("files", "size"), [(kind, total(each, size_text)) for kind, each in disk(plan, sizes).items()])
+    header = ("primary endpoint", "seeds", "test images", "detectable gain")
+    table(header, [power_of(study, sizes) for study in plan.studies.values()])
+    print("Detectable: found with 80 % power at the 5 % level, over images and trainings, if gains vary as")
+    print("analysis.expected says. With one seed, nothing can be detected over trainings.")
     trained, cells = (sum(map(count, plan.studies.values())) for count in (checkpoints_of, cells_of))
     print(f"{trained:,} checkpoints, {cells:,} cells. Hours are those of {where}, of models alone: no start-up, no")
     print("reading of images. Data sets that are not there count as the catalogue states.")

@@ -153,12 +153,11 @@ class SegmentSettings(Optimisation):
 
 
 class LearnSettings(Augmentation, Optimisation):
-    """How a part is learned on the pre-trained backbone, once for all tasks."""
+    """How a part is learned on the pre-trained backbone, for each seed once for all tasks."""
 
     epochs: Positive = 6
     batch_size: Positive = 96
     lr: float = Field(5e-3, gt=0)
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="seed of its initial weights and of training")
     source: str | None = Field(
         None, description="folder of images, or data set (imagenet1k); null: what the backbone was pre-trained on"
     )
@@ -179,6 +178,12 @@ class EvaluateSettings(Settings):
         "score", description="validation figure that the scale is chosen by; ties in the score go to the lower loss"
     )
     may_decline: bool = Field(True, description="whether 0 is among the scales; false only to study a fixed scale")
+    decline_within: float = Field(
+        1.0,
+        ge=0,
+        description="0 is chosen unless the best scale beats it by more than so many standard errors of the difference,"
+        " over validation images; 0: whatever is better beats it",
+    )
     batch_size: Positive = Field(250, description="images a forward pass")
     precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="autocast")
     threads: Positive = Field(1, description="torch CPU threads")

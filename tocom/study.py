@@ -308,10 +308,32 @@ class DataSettings(Settings):
         return value if value is None or value < 1 else int(value)
 
 
+class Endpoint(Settings):
+    """The one comparison that a study is made for, named before it is run; all others are exploratory."""
+
+    backbone: str | None = Field(None, description="null: the first one")
+    compare: tuple[str, str] | None = Field(None, description="its methods [before, after]; null: the first pair")
+    tasks: str | None = Field(None, description="a group of tasks, or a task; null: all tasks")
+    train_degree: Degree | None = Field(None, description="null: the lowest one")
+    infer_degree: Degree | None = Field(None, description="null: the highest one")
+
+
+class ExpectedSpread(Settings):
+    """Standard deviations of a gain, in points, that a study is planned with; a study that was run prints its own."""
+
+    image: Annotated[float, Field(ge=0)] = Field(20.0, description="of an image, whatever the training")
+    seed: Annotated[float, Field(ge=0)] = Field(1.5, description="of a training, on one task")
+    compensator: Annotated[float, Field(ge=0)] = Field(1.0, description="of what is learned once for all tasks")
+    rest: Annotated[float, Field(ge=0)] = Field(25.0, description="of an image under a training")
+
+
 class AnalysisSettings(Settings):
     """Statistics, tables and figures."""
 
-    resamples: Positive = Field(2_000, description="bootstrap resamples")
+    resamples: Positive = Field(2_000, description="bootstrap resamples, for intervals of interquartile means")
+    margin: float = Field(0.3, gt=0, description="points that a compensator may cost where it is not needed")
+    harmless: float = Field(1.0, gt=0, description="points that a mismatch may cost for it not to be needed")
+    expected: ExpectedSpread = ExpectedSpread()
 
 
 class VerifySettings(Settings):
@@ -355,8 +377,13 @@ class Study(Settings):
     compare: tuple[tuple[str, str], ...] = Field(
         (), description="pairs of methods [before, after] that are compared; the first pair is the headline"
     )
+    endpoint: Endpoint = Endpoint()
     tasks: tuple[NamedTask, ...] = Field(min_length=1, description="names, or entries with a source of your own")
-    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 1, 2), min_length=1)
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (0, 1, 2),
+        min_length=1,
+        description="models are fine-tuned, and what they need is learned on the backbone, once with each of them",
+    )
     train_degrees: tuple[Degree, ...] = Field(min_length=1)
     infer_degrees: tuple[Degree, ...] = Field(min_length=1)
     max_degree: Positive = Field(description="highest degree that parts are learned for and random degrees go to")
@@ -382,6 +409,7 @@ class Study(Settings):
         self._names_are_fit()
         self._degrees_fit()
         self._methods_fit()
+        self._endpoint_exists()
         self._overrides_are_valid()
         self._tables_can_be_made()
         return self
@@ -455,6 +483,21 @@ class Study(Settings):
             ):
                 raise ValueError("models that are used as they are were trained at one degree: give it, and one seed")
 
+    def _endpoint_exists(self) -> None:
+        end = self.endpoint
+        there = {
+            "backbone": [backbone.name for backbone in self.backbones],
+            "compare": self.compare,
+            "tasks": [*self.groups.values(), *self.task_names, *RESERVED_GROUPS],
+            "train_degree": [source_degree(d) for name in self.methods for d in self.train_degrees_of(name)],
+            "infer_degree": [degree for name in self.methods for degree in self.infer_degrees_of(name)],
+        }
+        for key, known in there.items():
+            value = getattr(end, key)
+            if value is not None and value not in known:
+                listed = ", ".join(dict.fromkeys(map(str, known)))
+                raise ValueError(f"endpoint.{key}: the study has no {value!r}; give one of {listed}")
+
     def _overrides_are_valid(self) -> None:
         untuned = [name for name, method in self.methods.items() if not method.tuning.part.trains_anything]
         for task in self.tasks:
@@ -519,6 +562,11 @@ class Study(Settings):
         method = self.methods[name]
         learned = method.compressor.part.learns(method.compressor.options) and self.learn_for(name)
         return method.compressor.described(), learned, method.tuning.described(), self.train_degrees_of(name)
+
+    def learns(self, method: str) -> bool:
+        """Return whether a method has a part that is learned on the backbone, once for all tasks."""
+        parts = self.methods[method].compressor, self.methods[method].compensator
+        return any(spec is not None and spec.part.learns(spec.options) for spec in parts)
 
     def plain_of(self, method: str) -> str | None:
         """Return the method without a compensator that shares a method's checkpoints."""
@@ -587,11 +635,11 @@ class Study(Settings):
         """Where its backbones and learned parts are kept."""
         return Path(self.store) if self.store else self.root
 
-    def learned_name(self, backbone: str, method: str, role: str) -> str | None:
-        """Return what the file of a method's learned part is called, or None if it learns none.
+    def learned_name(self, backbone: str, method: str, seed: int, role: str) -> str | None:
+        """Return what the file of a method's part is called that is learned with a seed, or None if it learns none.
 
-        The name holds a hash of everything that the part depends on but the backbone: studies that share a store
-        share what they learn in the same way, and nothing else.
+        The name holds a hash of everything that the part depends on but the backbone and the seed, and the seed:
+        studies that share a store share what they learn in the same way, and nothing else.
         """
         spec = getattr(self.methods[method], role)
         if spec is None or not spec.part.learns(spec.options):
@@ -605,11 +653,11 @@ class Study(Settings):
             "recipe": recipe.recipe() | {"source": recipe.source or self.backbone(backbone).images},
         }
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-        return f"{spec.name}-{digest[:10]}"
+        return f"{spec.name}-{digest[:10]}_seed-{seed}"
 
-    def learned_file(self, backbone: str, method: str, role: str = "compensator") -> Path | None:
-        """Return the file of a method's learned part, or None if it learns none."""
-        name = self.learned_name(backbone, method, role)
+    def learned_file(self, backbone: str, method: str, seed: int, role: str = "compensator") -> Path | None:
+        """Return the file of a method's part that is learned with a seed, or None if it learns none."""
+        name = self.learned_name(backbone, method, seed, role)
         return None if name is None else self.store_folder / "learned" / backbone / f"{name}.safetensors"
 
 

@@ -6,6 +6,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 from statsmodels.stats.multitest import multipletests
 from typer.testing import CliRunner
 
@@ -13,7 +14,7 @@ from tests.analysis import made_up
 from tests.analysis.made_up import config, significance_of
 from tocom.analysis import planned, stats
 from tocom.analysis.cells import COLUMNS, KEYS, gather, read_cells, records
-from tocom.analysis.compare import compare
+from tocom.analysis.compare import compare, corrected, harm
 from tocom.analysis.headline import headline
 from tocom.analysis.planned import Point, group_scopes, points, task_scopes
 from tocom.analysis.verify import verify
@@ -104,7 +105,9 @@ def test_gains_and_gaps_are_those_that_were_put_in(study, scope):
     assert found.low <= 6.0 <= found.high
     assert found.score_matched == pytest.approx(92.0)
     assert found.gap_closed == pytest.approx(0.5)
-    assert found.p_images_holm < 1e-3
+    assert found.p < 1e-2
+    assert found.primary == (scope == "all tasks")
+    assert found.p_images < 1e-3
     assert significance_of(study).loc[(*HEADLINE, scope, "0", 4), ["gain", "p_images"]].tolist() == [0, 1]
     rival = significance_of(study).loc[(*RIVAL, scope, "0", 12)]
     assert (rival.gain, rival.gap_closed) == pytest.approx((4.0, 4 / 6))
@@ -117,33 +120,68 @@ def test_all_numbers_of_a_row_are_those_of_the_records():
         found.setdefault((backbone, method, task, train, infer), {})[seed] = rng.random(images[task]) < rng.random()
     frame = compare(study, found).set_index(["after", "scope", "train_degree", "infer_degree"])
     row = frame.loc[("tocom", "real tasks", "12", 4)]
-    runs = [
-        [np.stack([found["vit", method, task, train, 4][seed] for seed in made_up.SEEDS]) for task in images]
-        for method, train in (("tome", "12"), ("tocom", "12"))
-    ]
+
+    def runs_of(method, train):
+        return [np.stack([found["vit", method, task, train, 4][seed] for seed in made_up.SEEDS]) for task in images]
+
+    runs = [runs_of("tome", "12"), runs_of("tocom", "12")]
     gains = np.array([100 * (b.mean(axis=1) - a.mean(axis=1)) for a, b in zip(*runs, strict=True)])
     assert row.gain == pytest.approx(gains.mean())
     assert (row.score_before, row.score_after) == pytest.approx([100 * np.mean([r.mean() for r in of]) for of in runs])
     assert (row.n_tasks, row.n_seeds, row.n_images) == (2, 3, 130)
     differences = [b.astype(int) - a.astype(int) for a, b in zip(*runs, strict=True)]
-    assert row.p_images == stats.pooled_sign_flip_test(differences)
-    assert row.p_seeds == pytest.approx(stats.seed_test(gains.mean(axis=0)))
-    assert row.p_tasks == pytest.approx(stats.task_test(gains.mean(axis=1)))
-    draws = stats.crossed_bootstrap([difference[None] for difference in differences], 300, 0)
-    assert (row.low, row.high) == pytest.approx(stats.interval(100 * draws[:, 0]))
+    assert row.p_images == stats.sign_flip_test(differences)
+    by_seed = gains.mean(axis=0)  # a compensator is shared by the tasks
+    assert row.p_seeds == pytest.approx(scipy.stats.ttest_1samp(by_seed, 0).pvalue)
+    assert row.p_tasks == pytest.approx(scipy.stats.wilcoxon(gains.mean(axis=1)).pvalue)
+    assert row.effect == pytest.approx(row.gain / by_seed.std(ddof=1))
+    # what a bootstrap over images finds, beside the spread of the trainings
+    images_alone = [(100 * d.mean(axis=0)).var(ddof=1) / d.shape[1] - residual(100.0 * d) / d.size for d in differences]
+    error = by_seed.var(ddof=1) / 3 + max(sum(images_alone), 0) / 4
+    assert row.error == pytest.approx(np.sqrt(error))
+    assert (row.low + row.high) / 2 == pytest.approx(row.gain)
     assert np.isnan(row.score_matched)  # no model was trained at degree 4
     alone = frame.loc[("tocom", "digits", "12", 4)]
-    assert alone.p_images == pytest.approx(stats.sign_flip_test(differences[0]))
+    assert alone.p_images == pytest.approx(stats.sign_flip_test(differences[:1]))
     assert np.isnan(alone.p_tasks)
+    # Random degrees are other trainings: their seeds are not paired with those of the first, which share a compensator.
+    rival = frame.loc[("random_degree", "real tasks", "12", 4)]
+    other = [100 * r.mean(axis=1) for r in runs_of("random_degree", "random")]
+    shared = np.mean([100 * r.mean(axis=1) for r in runs[1]], axis=0).var(ddof=1)
+    assert rival.effect == pytest.approx(rival.gain / np.sqrt(shared + sum(o.var(ddof=1) for o in other) / 4))
 
 
-def test_correction_is_within_each_family_of_a_table(study):
-    frame = pd.read_csv(study / "significance.csv")
-    families = frame.groupby(["before", "after", "group"])
-    assert len(families) == 4
-    for _, family in families:
-        expected = multipletests(family.p_images, method="holm")[1]
-        assert family.p_images_holm.to_numpy() == pytest.approx(expected)
+def residual(values):
+    """Return the mean square of what is left of [seeds, images] without the means of either."""
+    left = values - values.mean(axis=0) - values.mean(axis=1, keepdims=True) + values.mean()
+    return (left**2).sum() / (values.shape[0] - 1) / (values.shape[1] - 1)
+
+
+def test_correction_is_for_what_is_shown_together_behind_the_primary_endpoint():
+    frame = pd.DataFrame({"p": [0.02, 0.001, 0.03, np.nan, 0.01], "primary": [False, False, True, False, False]})
+    rest = multipletests([0.02, 0.001, 0.01], method="holm")[1]
+    expected = [max(rest[0], 0.03), max(rest[1], 0.03), 0.03, np.nan, max(rest[2], 0.03)]
+    np.testing.assert_allclose(corrected(frame), expected)
+    alone = frame[~frame.primary]
+    np.testing.assert_allclose(corrected(alone), [rest[0], rest[1], np.nan, rest[2]])
+
+
+def test_harm_is_the_mean_cost_over_conditions_without_need(study):
+    frame = pd.read_csv(study / "harm.csv").set_index("scope")
+    # A mismatch costs nothing from 0 to 4; from 12 to 4 it costs a point, which is not less than one.
+    assert frame.n_conditions.to_dict() == {"real tasks": 2, "generated tasks": 1, "all tasks": 3}
+    assert frame.cost.tolist() == frame.low.tolist() == [0, 0, 0]
+    wide = parse_study(config(analysis={"harmless": 2.5}))
+    found = harm(wide, records(sorted((study / "predictions").rglob("*.safetensors")))).set_index("scope")
+    # From 12 to 0 (two points; gains two, differently by seed) and to 4, too.
+    assert found.n_conditions.to_dict() == {"real tasks": 6, "generated tasks": 3, "all tasks": 9}
+    assert found.cost.tolist() == pytest.approx([-2 / 3] * 3)
+    gains = np.array([1.5, 2.0, 2.5]) / 3
+    t = scipy.stats.ttest_1samp(gains, -0.3, alternative="greater")
+    row = found.loc["all tasks"]
+    assert row.low <= -2 / 3 <= row.high
+    assert row.p == pytest.approx(t.pvalue, rel=0.5)  # images add a little
+    assert row.p >= t.pvalue * 0.9
 
 
 def test_a_comparison_takes_the_seeds_that_all_its_tasks_have(study):
@@ -158,13 +196,13 @@ def test_a_comparison_takes_the_seeds_that_all_its_tasks_have(study):
     # No seed is common to all tasks: that scope is left out.
     expected = {"real tasks": 1, "generated tasks": 1, "digits": 2, "mnist5k": 2, "rotation": 1}
     assert at.n_seeds.to_dict() == expected
-    assert at.gain.to_list() == pytest.approx([6.0] * 5)
+    assert at.gain.to_list() == pytest.approx([6.0, 5.5, 5.75, 6.25, 5.5])
     # Models with all seeds are compared as before; they close no gap to matched models that are missing.
     raw = ["scope", "infer_degree", "n_seeds", "score_before", "gain", "low", "high", "p_images", "p_seeds"]
     rest, same = (f.loc[f.train_degree == "12", raw].reset_index(drop=True) for f in (frame, whole))
     pd.testing.assert_frame_equal(rest, same)
     closed = frame[(frame.train_degree == "12") & (frame.infer_degree == 0)].set_index("scope").gap_closed
-    assert closed.isna().to_dict() == {"all tasks": True} | dict.fromkeys(expected, False)
+    assert closed.notna().to_dict() == {"all tasks": False} | {name: seeds > 1 for name, seeds in expected.items()}
 
 
 def test_predictions_of_different_images_are_not_compared(study):
@@ -196,7 +234,8 @@ def test_groups_keep_their_order_and_none_appears_twice():
 
 def test_the_commands_make_the_same_tables_as_the_functions_and_need_no_predictions_named(copied, study):
     assert "135 of 135 planned cells" in analyse("cells", copied, "-o", copied / "cells.csv").output
-    analyse("compare", copied, "-o", copied / "significance.csv")
+    analyse("compare", copied, "-o", copied)
+    pd.testing.assert_frame_equal(*(pd.read_csv(root / "harm.csv") for root in (copied, study)), check_dtype=False)
     assert (copied / "cells.csv").read_bytes() == (study / "cells.csv").read_bytes()
     new, old = (pd.read_csv(root / "significance.csv") for root in (copied, study))
     pd.testing.assert_frame_equal(new, old, check_dtype=False)
@@ -206,7 +245,7 @@ def test_the_commands_make_the_same_tables_as_the_functions_and_need_no_predicti
     assert len(pd.read_csv(copied / "all.csv")) == 90
     shutil.rmtree(copied / "predictions")
     with pytest.raises(TocomError, match="no predictions of this study"):
-        analyse("compare", copied, "-o", copied / "significance.csv")
+        analyse("compare", copied, "-o", copied)
 
 
 def test_verify_tells_identical_close_and_different_runs_apart(copied):
@@ -235,28 +274,29 @@ def test_verify_tells_identical_close_and_different_runs_apart(copied):
 
 def test_headline_figures_are_computed_from_the_tables(copied):
     gain, p, closed, cost, folding = headline(copied)
-    assert gain.what == "gain of ToMe + ToCom over ToMe (real tasks, trained at 0, run at 12)"
+    assert gain.what == "gain of ToMe + ToCom over ToMe (all tasks, trained at 0, run at 12)"
     assert gain.measured.startswith("+6.00")
     assert closed.measured.startswith("50 %")
-    # 0 -> 4 costs nothing and ToCom changes nothing; 12 -> 4 costs a point.
     assert "3 conditions" in cost.what
+    harm = pd.read_csv(copied / "harm.csv")
+    harm.assign(cost=0.1, low=0.0, high=0.2, p=0.01).to_csv(copied / "harm.csv", index=False)
+    cost = headline(copied)[3]
+    assert cost.measured == "+0.10 points, 95 % interval [+0.00, +0.20], p = 0.0100"
     assert all(figure.reached for figure in (gain, p, closed, cost, folding))
     assert analyse("headline", copied).exit_code == 0
-    cells = read_cells(copied / "cells.csv")
-    hit = (cells.method == "tocom") & (cells.infer_degree == 4)
-    cells.assign(score=cells.score - 0.02 * hit).to_csv(copied / "cells.csv", index=False)
+    harm.assign(cost=0.1, low=-0.1, high=0.3, p=0.06).to_csv(copied / "harm.csv", index=False)
     speed = pd.read_csv(copied / "throughput.csv")
     speed.assign(ratio=speed.ratio * 1.05).to_csv(copied / "throughput.csv", index=False)
     assert [figure.reached for figure in headline(copied)] == [True, True, True, False, False]
     with pytest.raises(TocomError, match="a figure was missed"):
         analyse("headline", copied)
     made_up.change(copied, compare=[])
-    with pytest.raises(TocomError, match="two methods to compare"):
+    with pytest.raises(TocomError, match="compares no methods"):
         headline(copied)
 
 
 def test_headline_says_what_is_missing(copied):
-    for name, message in (("throughput", "lacks throughput.csv;"), ("cells", "lacks cells.csv and throughput.csv;")):
+    for name, message in (("harm", "lacks harm.csv;"), ("throughput", "lacks harm.csv and throughput.csv;")):
         (copied / f"{name}.csv").unlink()
         with pytest.raises(TocomError, match=message):
             headline(copied)

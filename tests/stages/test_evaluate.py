@@ -1,18 +1,25 @@
 """Evaluation: cells are what they say, scales are chosen on validation images alone; gaps and throughput."""
 
+from math import sqrt
+from statistics import mean, stdev
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from tests.small import refusal, tune
+from tests.small import refusal, teach, tune
 from tocom.data.registry import read
 from tocom.files import load_arrays, save_arrays
 from tocom.jobs import EvaluateJob, ThroughputJob, TransferJob
 from tocom.models import load_model
 from tocom.parts import load_part, save_part
-from tocom.stages.evaluate import evaluate
+from tocom.stages.evaluate import chosen, evaluate
 from tocom.stages.throughput import throughput
 from tocom.stages.transfer import transfer
+from tocom.tasks import Validated
+from tocom.tasks.classify import Classification
 from tocom.training import normalise
 from tocom.vit import CompressedViT
 
@@ -83,17 +90,112 @@ def test_the_choice_of_scale_ignores_the_test_images(checkpoints, digits, compen
     assert [cell["scale"] for cell in first] == [cell["scale"] for cell in second]
 
 
+def expected_scale(scores, losses, select_by, standard_errors):
+    """Choose a scale from scale -> values by image, in plain Python."""
+    values = scores if select_by == "score" else losses
+    figures = {
+        scale: (mean(scores[scale]), mean(losses[scale]), -scale)[0 if select_by == "score" else 1 :]
+        for scale in scores
+    }
+    best = max(figures, key=figures.get)
+    if standard_errors == 0 or 0 not in scores:
+        return best
+    gains = [after - before for after, before in zip(values[best], values[0], strict=True)]
+    error = stdev(gains) / sqrt(len(gains)) if len(gains) > 1 else float("inf")
+    return best if mean(gains) > standard_errors * error else 0
+
+
+@pytest.mark.parametrize("decline_within", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize("select_by", ["loss", "score"])
-def test_the_chosen_scale_is_the_best_on_validation_images(checkpoints, digits, compensator, tmp_path, select_by):
-    cells, _ = run(checkpoints, digits, compensator, tmp_path, degrees=(4,), select_by=select_by)
+def test_the_chosen_scale_is_clearly_the_best_on_validation_images(
+    checkpoints, digits, compensator, tmp_path, select_by, decline_within
+):
+    how = {"select_by": select_by, "decline_within": decline_within}
+    cells, _ = run(checkpoints, digits, compensator, tmp_path, degrees=(2, 4), **how)
     arrays, _ = read(digits)
-    labels, figures = torch.from_numpy(arrays["val_labels"]), {}
-    for scale in SETTINGS["scales"]:
-        logits = logits_of(checkpoints / FILES["0"], compensator, 4, scale, arrays["val_images"])
-        loss = float(torch.nn.functional.cross_entropy(logits, labels))
-        accuracy = float((logits.argmax(-1) == labels).double().mean())
-        figures[scale] = (accuracy, -loss) if select_by == "score" else (-loss,)
-    assert cells[1]["scale"] == max(figures, key=figures.get)
+    labels = torch.from_numpy(arrays["val_labels"])
+    for cell in cells[2:]:
+        scores, losses = {}, {}
+        for scale in SETTINGS["scales"]:
+            path, degree = checkpoints / FILES["0"], cell["infer_degree"]
+            logits = logits_of(path, compensator, degree, scale, arrays["val_images"])
+            losses[scale] = (-torch.nn.functional.cross_entropy(logits, labels, reduction="none")).tolist()
+            scores[scale] = (logits.argmax(-1) == labels).double().tolist()
+        assert cell["scale"] == expected_scale(scores, losses, select_by, decline_within)
+
+
+@given(st.data(), st.integers(1, 12), st.sampled_from(["score", "loss"]), st.sampled_from([0.0, 0.5, 1.0, 2.0]))
+def test_a_scale_is_chosen_as_it_would_be_by_hand(data, images, select_by, decline_within):
+    # Sixteenths, whose sums are exact: ties are ties.
+    values = st.lists(st.integers(-2, 2).map(lambda n: n / 16), min_size=images, max_size=images)
+    scales = data.draw(st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.5]), min_size=1, max_size=4, unique=True))
+    scores, losses = ({scale: data.draw(values) for scale in scales} for _ in range(2))
+    found = {
+        scale: Validated(
+            mean(scores[scale]),
+            mean(losses[scale]),
+            {"score": np.array(scores[scale]), "loss": np.array(losses[scale])},
+        )
+        for scale in scales
+    }
+    got = chosen(found, select_by, decline_within)
+    assert got == expected_scale(scores, losses, select_by, decline_within)
+    if decline_within == 0:  # ties in the score go to the lower loss, then to the smaller scale
+        figures = {s: (one.score, one.loss) if select_by == "score" else (one.loss,) for s, one in found.items()}
+        assert got == max(sorted(figures), key=figures.get)
+
+
+def test_validation_images_are_looked_at_once_a_scale(checkpoints, digits, compensator, tmp_path, monkeypatch):
+    real, seen = Classification.validate, []
+    monkeypatch.setattr(Classification, "validate", lambda *args: seen.append(args) or real(*args))
+    run(checkpoints, digits, compensator, tmp_path)
+    assert len(seen) == 2 * len(SETTINGS["scales"])  # at degrees 2 and 4; at its own nothing is compensated
+    one = real(*seen[-1])
+    assert (one.by_image["score"].mean(), one.by_image["loss"].mean()) == pytest.approx((one.score, one.loss))
+    assert {len(values) for values in one.by_image.values()} == {32}
+
+
+@pytest.fixture(scope="module")
+def compensators(backbone, tmp_path_factory):
+    """Two compensators that were learned alike, with seeds 0 and 1."""
+    folder = tmp_path_factory.mktemp("compensators")
+    for seed in (0, 1):
+        teach(backbone, folder / f"{seed}", {"lr": 0.05}, seed=seed)
+    return [folder / "0", folder / "1"]
+
+
+def test_a_model_gets_the_compensator_that_was_learned_with_its_seed(
+    backbone, digits, checkpoints, compensators, tmp_path
+):
+    files = [checkpoints / FILES["0"], tune(backbone, digits, tmp_path, "0", seed=1, settings={"epochs": 4})[0]]
+    job = EvaluateJob(methods={"tocom": {"infer_degrees": (4,), "compensated": True, "scales": (100.0,)}})
+    images = read(digits)[0]["test_images"]
+
+    def predicted(parts, models=files):
+        cells = evaluate(job, models, digits, {"tocom": parts}, tmp_path / "predictions")
+        return [cell["compensator_seed"] for cell in cells], load_arrays(tmp_path / "predictions")[0]["predictions"]
+
+    def expected(file, part):
+        return logits_of(file, part, 4, 100.0, images).argmax(-1).numpy()
+
+    by_hand = [[expected(file, part) for part in compensators] for file in files]
+    assert not any(np.array_equal(*both) for both in by_hand)
+    for several in (compensators, compensators[::-1]):  # the file says its seed, not its place
+        seeds, found = predicted(several)
+        assert seeds == [0, 1]
+        assert np.array_equal(found, [by_hand[0][0], by_hand[1][1]])
+    seeds, found = predicted(compensators[0])  # a single file is for all
+    assert seeds == [0, 0]
+    assert np.array_equal(found, [by_hand[0][0], by_hand[1][0]])
+    part = load_part(compensators[0], "compensator")
+    part.metadata = {}
+    save_part(tmp_path / "foreign", part)
+    assert predicted([tmp_path / "foreign"])[0] == [None, None]
+    (tmp_path / "predictions").unlink()
+    for several in ([compensators[0], tmp_path / "foreign"], [*compensators, compensators[1]]):
+        assert "learned with seed 1, that of a model; give one for each seed" in refusal(predicted, several)
+    assert not (tmp_path / "predictions").exists()
+    assert predicted([compensators[0], tmp_path / "foreign"], files[:1])[0] == [0]
 
 
 def test_a_compensator_can_decline_and_a_method_can_have_scales_of_its_own(checkpoints, digits, compensator, tmp_path):

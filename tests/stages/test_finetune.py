@@ -11,6 +11,7 @@ from tocom.data.registry import prepare
 from tocom.files import load_tensors
 from tocom.jobs import FinetuneJob
 from tocom.models import create, load_model, save_model
+from tocom.parts import Shape, make_part, save_part
 from tocom.seeds import derive_seed
 from tocom.stages.finetune import finetune
 from tocom.tasks import classify
@@ -41,6 +42,24 @@ def test_checkpoints_of_one_job_are_those_of_jobs_of_their_own_and_survive_a_kil
     assert [a.read_bytes() for a in files[0]] == [b.read_bytes() for b in files[1]]
     curves = [[pd.read_csv(path.with_suffix(".csv")).drop(columns="seconds") for path in folder] for folder in files]
     assert all(a.equals(b) and len(a) == 2 for a, b in zip(*curves, strict=True))
+
+
+def test_a_model_starts_from_the_compressor_that_was_learned_with_its_seed(backbone, digits, tmp_path):
+    gate = {"kind": "tests.own_parts:Gate", "strength": 1.0}
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        part = make_part("compressor", gate, Shape.of(load_model(backbone)[0]), 4)
+        part.metadata = {"seed": seed}
+        save_part(tmp_path / f"{seed}", part)
+    both = [tmp_path / "1", tmp_path / "0"]
+
+    def run(name, learned, seed):
+        return tune(backbone, digits, tmp_path / name, "2", seed, learned, compressor=gate)[0].read_bytes()
+
+    for seed in (0, 1):
+        assert run("both", both, seed) == run("one", tmp_path / f"{seed}", seed) != run("x", tmp_path / "0", 1 - seed)
+    assert "learned with seed 2, that of a model" in refusal(run, "none", both, 2)
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("change", ["backbone", "attention", "data", "max_degree", "garbage"])

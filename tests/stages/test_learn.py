@@ -58,8 +58,17 @@ def test_learning_lowers_the_held_out_divergence_repeats_itself_and_says_what_it
     assert (len(curve), curve.loss.iloc[-1] < curve.loss.iloc[0]) == (15, True)
     loaded = load_part(tmp_path / "a", "compensator")
     assert (loaded.steps, loaded.options.rank, loaded.compressor) == (4, 3, {"kind": "tome"})
-    assert loaded.metadata["recipe"]["epochs"] == 15
+    assert (loaded.metadata["recipe"]["epochs"], loaded.metadata["seed"]) == (15, 0)
     assert loaded.metadata["backbone_sha256"] == load_model(backbone)[1]["sha256"]
+
+
+def test_another_seed_learns_another_part_which_says_so(backbone, tmp_path):
+    for name, job in (("none", {}), ("0", {"seed": 0}), ("1", {"seed": 1})):
+        teach(backbone, tmp_path / name, {"lr": 1e-9, "min_lr": 0}, **job)
+    usual, zero, one = (load_part(tmp_path / name, "compensator") for name in ("none", "0", "1"))
+    assert (tmp_path / "none").read_bytes() == (tmp_path / "0").read_bytes()
+    assert (usual.metadata["seed"], zero.metadata["seed"], one.metadata["seed"]) == (0, 0, 1)
+    assert not torch.allclose(zero.down, one.down, atol=1e-3)  # even where nothing was trained
 
 
 def test_a_loss_that_turns_nan_leaves_no_output(backbone, tmp_path):

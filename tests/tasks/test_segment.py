@@ -16,7 +16,7 @@ from tocom.models import compress, load_model, save_model
 from tocom.parts import load_part
 from tocom.stages.evaluate import evaluate
 from tocom.tasks import load_task
-from tocom.tasks.segment import Segmenter, make_head, pixel_loss, segment
+from tocom.tasks.segment import Segmenter, make_head, pixel_loss, scored, segment
 from tocom.training import normalise
 from tocom.vit import CompressedViT
 
@@ -169,6 +169,25 @@ def test_the_cross_entropy_does_not_depend_on_the_size_of_batches(checkpoints, s
     segmenter, split = restored(checkpoints[0], scenes), load(scenes).splits["val"]
     (_, one), (_, all_at_once) = segment(segmenter, split, 1), segment(segmenter, split, 16)
     assert one == pytest.approx(all_at_once, rel=1e-6)
+
+
+def test_validation_gives_a_score_and_a_loss_and_what_each_image_adds_to_them(checkpoints, scenes):
+    counts, losses = segment(restored(checkpoints[0], scenes), load(scenes).splits["val"], 8)
+    labelled = (counts.tp + counts.fn).sum(axis=-1)
+    found = scored(counts, losses)
+    assert found.score == miou(counts)
+    assert found.loss == pytest.approx(-losses.sum() / labelled.sum())
+    for name, figure in (("score", found.score), ("loss", found.loss)):
+        assert found.by_image[name].mean() == pytest.approx(figure)
+    # An image that counts a little more moves a figure by its value less the mean, over the number of images.
+    for image, step in ((0, 1e-4), (11, 1e-4)):
+        weights = np.ones(16)
+        weights[image] += step
+        moved = -(weights @ losses) / (weights @ labelled)
+        expected = found.by_image["loss"][image] - found.loss
+        assert 16 * (moved - found.loss) / step == pytest.approx(expected, rel=1e-3)
+    nothing = Counts(*(np.zeros_like(part) for part in counts))
+    assert [*scored(nothing, np.zeros(16)).by_image["loss"]] == [0] * 16
 
 
 def test_images_of_another_size_resize_the_position_embedding_or_are_refused(backbone, tmp_path):

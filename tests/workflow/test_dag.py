@@ -152,7 +152,7 @@ def test_a_failing_job_leaves_no_output_and_its_reason_is_shown(finished, tmp_pa
     data[-9] ^= 0xFF
     backbone.write_bytes(data)
     study = read_study(TINY)
-    target = study.learned_file(study.backbones[0].name, "tocom")
+    target = study.learned_file(study.backbones[0].name, "tocom", 1)
     result = snakemake(folder, "--configfile", TINY, "--", target)
     assert result.returncode != 0
     assert "tocom: error:" in result.stdout + result.stderr

@@ -1,4 +1,4 @@
-"""Compare methods pair by pair: gains, intervals, tests, and their correction for many comparisons.
+"""Compare methods pair by pair: gains, intervals, tests, and where errors come from.
 
 Which pairs is declared by the study (``compare``). Each is compared on every backbone, for every task and group of
 tasks, at every pair of a train and an inference degree; see docs/statistics.md for the question of each test.
@@ -6,31 +6,40 @@ tasks, at every pair of a train and an inference degree; see docs/statistics.md 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import cached_property
+
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from tocom.analysis import stats
 from tocom.analysis.cells import BySeed, Condition
-from tocom.analysis.planned import Point, Scope, group_scopes, points, task_scopes
+from tocom.analysis.planned import Point, Scope, endpoint, group_scopes, points, same_models, task_scopes
 from tocom.analysis.scores import METRICS
 from tocom.errors import TocomError
 
-#: p-value columns; each names which observations are the exchangeable units of the test.
-TESTS = ("p_images", "p_seeds", "p_tasks")
 _GAP = ("score_matched", "gap_closed", "gap_low", "gap_high")
-#: Columns of significance.csv: scores in percent, gains in points; group tells whether the scope is a group of tasks.
+_SPREADS = tuple(f"sd_{name}" for name in stats.Spreads._fields)
+#: Columns of significance.csv: scores in percent, gains, their standard error and deviations in points, p-values that
+#: are corrected for nothing. group: whether the scope is a group of tasks. primary: the study's endpoint.
 COLUMNS = (
-    *("study", "backbone", "before", "after", "scope", "group", "train_degree", "infer_degree"),
-    *("n_tasks", "n_seeds", "n_images", "score_before", "score_after", "gain", "low", "high"),
-    *(*TESTS, *_GAP, *(f"{name}_holm" for name in TESTS)),
+    *("study", "backbone", "before", "after", "scope", "group", "train_degree", "infer_degree", "primary"),
+    *("n_tasks", "n_seeds", "n_images", "score_before", "score_after", "gain", "low", "high", "error", "effect"),
+    *("p", "p_images", "p_seeds", "p_tasks", *_GAP, *_SPREADS),
+)
+_GAIN = (-1.0, 1.0)
+#: Columns of harm.csv: cost and its interval in points; p of the cost being the margin or more.
+HARM_COLUMNS = (
+    *("study", "backbone", "before", "after", "scope", "n_conditions", "n_tasks", "n_seeds"),
+    *("cost", "low", "high", "p"),
 )
 
 
 def compare(study, records: dict[Condition, BySeed]) -> pd.DataFrame:
-    """Make every declared comparison and correct each family of p-values by Holm's method.
+    """Make every declared comparison.
 
-    A family is a backbone, a pair of methods, and either all groups of tasks (the main table) or all single tasks (the
-    table of tasks). A comparison takes the seeds that all its tasks and conditions have; it is left out without one.
+    A comparison takes the seeds that all its tasks and conditions have; it is left out without one.
 
     Args:
         records: what :func:`tocom.analysis.cells.records` returns; conditions may be missing.
@@ -38,79 +47,169 @@ def compare(study, records: dict[Condition, BySeed]) -> pd.DataFrame:
     Returns:
         A row with :data:`COLUMNS` for each comparison.
     """
-    scopes = group_scopes(study.groups) + task_scopes(study.groups)
+    primary, models = endpoint(study), Models(study, records)
     rows = [
-        {"study": study.study, "backbone": backbone.name, "before": before, "after": after, **found}
+        {
+            **{"study": study.study, "backbone": backbone.name, "before": before, "after": after},
+            **found,
+            "primary": primary == (backbone.name, before, after, scope, point),
+        }
         for backbone in study.backbones
-        for scope in scopes
+        for scope in group_scopes(study.groups) + task_scopes(study.groups)
         for before, after in study.compare
         for point in points(study, before, after)
-        if (found := _Comparison(study, records, backbone.name, before, after).row(scope, point))
+        if (found := models.compared(backbone.name, before, after, scope, point))
     ]
-    frame = pd.DataFrame(rows, columns=list(COLUMNS))
-    for name in TESTS if rows else ():
-        p_values = frame.groupby(["backbone", "before", "after", "group"])[name]
-        frame[f"{name}_holm"] = p_values.transform(lambda p: stats.holm(p.to_numpy()))
-    return frame
+    return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
-class _Comparison:
-    """Two methods on one backbone."""
+def corrected(frame: pd.DataFrame) -> pd.Series:
+    """Return the p-values of the comparisons that are shown together, corrected for each other.
 
-    def __init__(self, study, records: dict[Condition, BySeed], backbone: str, before: str, after: str):
-        self.metric = METRICS[study.metric]
-        self.resamples = study.analysis.resamples
-        self.records, self.backbone, self.before, self.after = records, backbone, before, after
+    The primary endpoint is tested first, at the full level. All others are corrected by Holm's method and are no
+    smaller than it: they count only where it does (a fixed sequence), so that the chance of any false claim among all
+    of them stays below the level.
+    """
+    first = frame.primary.astype(bool)
+    adjusted = frame.p.astype(float)
+    adjusted[~first] = stats.holm(adjusted[~first])
+    return adjusted.clip(lower=adjusted[first].max()) if first.any() else adjusted
 
-    def row(self, scope: Scope, point: Point) -> dict:
+
+def harm(study, records: dict[Condition, BySeed]) -> pd.DataFrame:
+    """Estimate what compensators cost where they are not needed: where a mismatch costs a model little.
+
+    Returns:
+        A row with :data:`HARM_COLUMNS` for each backbone, pair of methods that share models, and group of tasks that
+        has such a condition.
+    """
+    models = Models(study, records)
+    rows = [
+        {
+            "study": study.study,
+            "backbone": backbone.name,
+            "before": before,
+            "after": after,
+            "scope": scope.name,
+            **found,
+        }
+        for backbone in study.backbones
+        for before, after in same_models(study)
+        for scope in group_scopes(study.groups)
+        if (found := models.harm(backbone.name, before, after, scope))
+    ]
+    return pd.DataFrame(rows, columns=list(HARM_COLUMNS))
+
+
+class Models:
+    """What was predicted by the models of a study."""
+
+    def __init__(self, study, records: dict[Condition, BySeed]):
+        self.study, self.records, self.metric = study, records, METRICS[study.metric]
+
+    @cached_property
+    def _shared(self) -> dict[str, bool]:
+        """Whether a part that is learned once for all tasks takes part in a method."""
+        return {name: self.study.learns(name) for name in self.study.methods}
+
+    @cached_property
+    def _tuned(self) -> dict[str, str]:
+        return {name: self.study.tuned_as(name) for name in self.study.methods}
+
+    def compared(self, backbone: str, before: str, after: str, scope: Scope, point: Point) -> dict:
         """Return the columns of a comparison, or none of them where no seed has all it takes."""
-        both = (self.before, point.before, point.infer), (self.after, point.after, point.infer)
-        found = self._aligned(scope, *both)
-        if not found:
+        both = (before, point.before, point.infer), (after, point.after, point.infer)
+        tasks = self.values(backbone, scope.tasks, both)
+        if not tasks:
             return {}
-        a, b = found
-        gains = np.array([self.metric.gains(x, y) for x, y in zip(a, b, strict=True)])  # [tasks, seeds]
-        low, high = self.metric.gain_interval(a, b, self.resamples)
+        trained = self.trained(both)
+        means = stats.Means.of(tasks, trained)
+        gain, spreads = means.contrast(_GAIN), stats.spreads(tasks, trained)
+        low, high = gain.interval()
+        matched = before, str(point.infer), point.infer
         return {
             "scope": scope.name,
             "group": scope.is_group,
             "train_degree": point.train,
             "infer_degree": point.infer,
-            "n_tasks": len(scope.tasks),
-            "n_seeds": gains.shape[1],
-            "n_images": sum(runs.shape[1] for runs in a),
-            "score_before": self._percent(a),
-            "score_after": self._percent(b),
-            "gain": gains.mean(),
+            "n_tasks": len(tasks),
+            "n_seeds": means.seeds,
+            "n_images": sum(task.shape[2] for task in tasks),
+            "score_before": means.values[0],
+            "score_after": means.values[1],
+            "gain": gain.value,
             "low": low,
             "high": high,
-            "p_images": self.metric.image_test(a, b),
-            "p_seeds": stats.seed_test(gains.mean(axis=0)),
-            "p_tasks": stats.task_test(gains.mean(axis=1)) if scope.is_group else np.nan,
-            **self._gap(scope, *both, (self.before, str(point.infer), point.infer)),
+            "error": gain.error,
+            "effect": gain.effect,
+            "p": gain.p(),
+            "p_images": stats.sign_flip_test([task[1] - task[0] for task in tasks]),
+            "p_seeds": means.p_seeds(_GAIN),
+            "p_tasks": stats.task_test([np.diff(task.mean(axis=(1, 2)))[0] for task in tasks]),
+            **self._gap(backbone, scope.tasks, (*both, matched)),
+            **dict(zip(_SPREADS, spreads, strict=True)),
         }
 
-    def _gap(self, scope: Scope, *three: tuple[str, str, int]) -> dict:
+    def _gap(self, backbone: str, tasks: tuple[str, ...], three: tuple[tuple[str, str, int], ...]) -> dict:
         """Return which share of the gap to the models trained at the degree that they run at is closed."""
-        found = self._aligned(scope, *three)
-        if not found:
+        values = self.values(backbone, tasks, three)
+        if not values:
             return dict.fromkeys(_GAP, np.nan)
-        means = [self._percent(runs) for runs in found]
-        interval = self.metric.gap_interval(*found, self.resamples)
-        return dict(zip(_GAP, (means[2], stats.gap_closed(*means), *interval), strict=True))
+        means = stats.Means.of(values, self.trained(three))
+        return dict(zip(_GAP, (means.values[2], *means.gap_closed()), strict=True))
 
-    def _aligned(self, scope: Scope, *conditions: tuple[str, str, int]) -> list[list[np.ndarray]]:
-        """Return, for each (method, train, infer) and task, runs of the seeds that all have; empty without one."""
-        runs = [
-            [self.records.get((self.backbone, method, task, train, infer), {}) for task in scope.tasks]
-            for method, train, infer in conditions
-        ]
-        seeds = sorted(set.intersection(*(set(run) for of_tasks in runs for run in of_tasks)))
-        found = [[np.stack([run[seed] for seed in seeds]) for run in of_tasks] for of_tasks in runs if seeds]
-        for task, stacked in zip(scope.tasks, zip(*found, strict=True), strict=False):
+    def harm(self, backbone: str, before: str, after: str, scope: Scope) -> dict:
+        """Return the columns of a cost, or none of them where no mismatch is harmless."""
+        tasks, trained, counts = [], self.trained([(before, "", 0), (after, "", 0)]), []
+        for task in scope.tasks:
+            found = [
+                values[0][:2]
+                for point in points(self.study, before, after)
+                if point.train != str(point.infer)
+                and (values := self.values(backbone, [task], self._harmless(before, after, point)))
+                and values[0][2].mean() - values[0][0].mean() < self.study.analysis.harmless
+            ]
+            counts += [len(found)] if found else []
+            tasks += [np.mean(found, axis=0)] if found else []
+        if not tasks or len({task.shape[1] for task in tasks}) > 1:
+            return {}
+        means = stats.Means.of(tasks, trained, np.array(counts) / sum(counts))
+        gain = means.contrast(_GAIN)
+        low, high = gain.interval()
+        return {
+            "n_conditions": sum(counts),
+            "n_tasks": len(tasks),
+            "n_seeds": means.seeds,
+            "cost": 0.0 - gain.value,
+            "low": 0.0 - high,
+            "high": 0.0 - low,
+            "p": gain.p_above(-self.study.analysis.margin),
+        }
+
+    @staticmethod
+    def _harmless(before: str, after: str, point: Point) -> tuple[tuple[str, str, int], ...]:
+        """Return both conditions, and the one without a mismatch."""
+        own = int(point.before) if point.before.isdigit() else point.infer
+        return (before, point.before, point.infer), (after, point.after, point.infer), (before, point.before, own)
+
+    def trained(self, conditions: Iterable[tuple[str, str, int]]) -> list[stats.Trained]:
+        """Return of which trainings each (method, train degree, inference degree) is."""
+        by = [(self._tuned[method], train) for method, train, _ in conditions]
+        shared = {key for key, (method, *_) in zip(by, conditions, strict=True) if self._shared[method]}
+        return [stats.Trained(key, key in shared) for key in by]
+
+    def values(self, backbone: str, tasks: Iterable[str], conditions: Iterable[tuple[str, str, int]]) -> list[NDArray]:
+        """Return values [conditions, seeds, images] of every task, under the seeds that all have; none without one.
+
+        Raises:
+            TocomError: conditions were evaluated on different images.
+        """
+        runs = [[self.records.get((backbone, m, task, train, n), {}) for m, train, n in conditions] for task in tasks]
+        seeds = sorted(set.intersection(*(set(run) for of_task in runs for run in of_task)))
+        found = []
+        for task, of_task in zip(tasks, runs, strict=True) if seeds else ():
+            stacked = [np.stack([run[seed] for seed in seeds]) for run in of_task]
             if len({array.shape for array in stacked}) > 1:
                 raise TocomError(f"predictions of {task} are of different images; evaluate its models again")
+            found.append(np.stack([self.metric.values(array) for array in stacked]))
         return found
-
-    def _percent(self, tasks: list[np.ndarray]) -> float:
-        return float(np.mean([self.metric.percent(runs) for runs in tasks]))

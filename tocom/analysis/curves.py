@@ -11,6 +11,7 @@ import pandas as pd
 
 from tocom.analysis.cells import checked
 from tocom.analysis.run import Run
+from tocom.errors import TocomError
 
 #: Columns of such a file, a row an epoch: loss of the training, held_out: what the best epoch is chosen by.
 COLUMNS = ("epoch", "loss", "held_out")
@@ -27,7 +28,7 @@ class Curve:
         task: that it was fine-tuned on; None: it is a part that was learned.
         method: under whose name its checkpoints are kept, or for which the part was learned first.
         train: the label of the train degree; of a part, "".
-        seed: of a fine-tuning.
+        seed: with which it was done.
         without: of a part, the held-out loss without it, where that is known.
     """
 
@@ -49,6 +50,44 @@ def curves(run: Run, backbone: str) -> list[Curve]:
     return list({curve.file: curve for curve in reversed([*there])}.values())[::-1]
 
 
+def kept(run: Run) -> pd.DataFrame:
+    """Return the validation score in percent of the epoch that every fine-tuning of a study kept, and the last one."""
+    unit = 100 if run.study.metric == "accuracy" else 1  # accuracy is kept as a share, mIoU in percent
+    rows = [
+        (backbone, curve.method, curve.train, curve.task, curve.seed, unit * frame.held_out.max(), frame.index.max())
+        for backbone in run.backbones
+        for curve in _tuned(run, backbone)
+        if curve.file.is_file()
+        for frame in [curve.read()]
+    ]
+    return pd.DataFrame(rows, columns=["backbone", "method", "train_degree", "task", "seed", "score", "epochs"])
+
+
+def convergence(run: Run, longer: Run) -> pd.DataFrame:
+    """Return by how much longer trainings move the mean validation score of every method and train degree.
+
+    Args:
+        run, longer: two studies that differ in their epochs of fine-tuning; the trainings that both have count.
+
+    Returns:
+        backbone, method, train_degree, trainings, epochs, epochs_longer, score, score_longer, change (points).
+
+    Raises:
+        TocomError: they have no training in common.
+    """
+    keys = ["backbone", "method", "train_degree", "task", "seed"]
+    both = kept(run).merge(kept(longer), on=keys, suffixes=("", "_longer"))
+    if both.empty:
+        raise TocomError(
+            f"{run.folder} and {longer.folder} have no training in common; run both (snakemake --until finetune)"
+        )
+    columns = ["epochs", "epochs_longer", "score", "score_longer"]
+    groups = both.groupby(keys[:3], sort=False)
+    means = groups[columns].mean().assign(trainings=groups.size()).reset_index()
+    means["change"] = means.score_longer - means.score
+    return means[[*keys[:3], "trainings", *columns, "change"]]
+
+
 def _tuned(run: Run, backbone: str) -> Iterator[Curve]:
     root = run.folder / "checkpoints" / backbone
     for tuned, task in product(run.study.tuned, run.study.task_names):
@@ -59,8 +98,8 @@ def _tuned(run: Run, backbone: str) -> Iterator[Curve]:
 
 
 def _learned(run: Run, backbone: str) -> Iterator[Curve]:
-    for method, role in product(run.study.methods, ROLES):
-        file = run.learned_file(backbone, method, role)
+    for method, role, seed in product(run.study.methods, ROLES, run.study.seeds):
+        file = run.learned_file(backbone, method, seed, role)
         if file is not None:
-            without = run.learned(backbone, method, role).get("held_out_kl_without")
-            yield Curve(file.with_suffix(".csv"), None, method, without=without)
+            without = run.learned(backbone, method, seed, role).get("held_out_kl_without")
+            yield Curve(file.with_suffix(".csv"), None, method, seed=seed, without=without)

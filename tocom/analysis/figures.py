@@ -1,4 +1,4 @@
-"""Figures of a study: score against cost, gain by degrees, the transfer of the gap, and the curves of trainings."""
+"""Figures of a study: score against cost, gains by degrees, the transfer of the gap, methods side by side, curves."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
+from tocom.analysis import across
 from tocom.analysis.curves import Curve, curves
-from tocom.analysis.planned import ALL, Scope, is_compensated, train_degrees
-from tocom.analysis.run import Pair, Run, strongest, transfer_methods, transferred
+from tocom.analysis.planned import ALL, Scope, endpoint, is_compensated, train_degrees
+from tocom.analysis.run import Run, transfer_methods, transferred
 from tocom.analysis.stats import stars
 from tocom.analysis.tables import DECLINED, NOT_PLANNED, NOT_RUN, gain_text, signed
 from tocom.settings import PLAIN
@@ -48,6 +49,7 @@ def draw(run: Run, backbone: str) -> dict[str, Figure]:
     figures = {"accuracy_vs_gflops": score_against_cost(run, backbone)}
     figures |= {"gain_heatmap": gain_heatmap(run, backbone)} if run.study.compare else {}
     figures |= {"gap_transfer": gap_transfer(run, backbone)} if run.study.transfer else {}
+    figures |= methods_compared(run, backbone)
     there = curves(run, backbone)
     return figures | ({"curves": training_curves(run, there)} if there else {})
 
@@ -102,7 +104,7 @@ def score_against_cost(run: Run, backbone: str) -> Figure:
 
     Colours are for train degrees, lines for methods; each compressor has panels of its own. Of the compensated methods
     that share models with a plain one, one is drawn: that of the pair declared first, or else the first. Bars are one
-    standard deviation over seeds. The first panel names the gain of the pair declared first at its strongest mismatch.
+    standard deviation over seeds. The panel of the primary endpoint names its gain.
     """
     study, by_compressor = run.study, {}
     for method in _drawn(run):
@@ -120,7 +122,8 @@ def score_against_cost(run: Run, backbone: str) -> Figure:
         of_what = "GFLOPs" if np.isnan(cost) else f"% of the uncompressed model's {cost:.3g} GFLOPs"
         axis.set(title=f"{_title(scope)}{of}", xlabel=of_what, ylabel=f"test {study.metric} (%)")
         axis.locator_params(axis="x", nbins=6)
-    _point_out_gain(axes[0], run, backbone, rows[0], colours)
+    for axis, row in zip(axes, rows, strict=True):
+        _point_out_gain(axis, run, backbone, row, colours)
     handles = [Line2D([], [], color=c, linewidth=3, label=f"trained at {label}") for label, c in colours.items()]
     handles += [Line2D([], [], color=_NO_DEGREE, label=run.title(method), **look) for method, look in looks.items()]
     handles += [Line2D([], [], color="white", label="trained at the degree it runs at", **_STAR)] if colours else []
@@ -179,11 +182,13 @@ def _line(
 
 
 def _point_out_gain(axis, run: Run, backbone: str, row: tuple[Sequence[str], Scope], colours: dict) -> None:
-    """Write the gain of the pair declared first into a panel, where its mismatch is strongest, if both are there."""
+    """Write the gain at the primary endpoint's degrees into its panel."""
     methods, scope = row
-    pair = run.study.compare[0] if run.study.compare else ()
-    found = strongest(run, backbone, pair, scope) if pair and set(pair) <= set(methods) else None
-    if found is None:
+    end = endpoint(run.study)
+    pair = (end.before, end.after) if end else ()
+    here = end and scope == end.scope and set(pair) <= set(methods)
+    found = run.pairs(backbone, pair, scope).get((end.point.train, end.point.infer)) if here else None
+    if found is None or not found.is_run or found.test is None or found.train not in colours:
         return
     x, colour = _x(run, backbone, pair[1], scope, found.infer), colours[found.train]
     before, after = found.before.mean(), found.after.mean()
@@ -193,14 +198,10 @@ def _point_out_gain(axis, run: Run, backbone: str, row: tuple[Sequence[str], Sco
     arrow = {"arrowstyle": "-|>", "color": colour, "linewidth": 2.2, "shrinkA": 0, "shrinkB": 0, "mutation_scale": 12}
     axis.annotate("", (x, after), (x, before), arrowprops=arrow, zorder=6)
     leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "relpos": (0, 1), "shrinkA": 2, "shrinkB": 2}
-    text = f"{run.title(pair[1])}\n{_in_points(found)}"
+    gain, _, interval = gain_text(found, run.corrected([backbone], [scope], [pair])).partition(" ")
+    text = f"{run.title(pair[1])}\n" + (f"{gain} points {interval}" if interval else gain)
     style = {"va": "bottom", "fontsize": 10, "fontweight": "bold", "color": colour}
     axis.annotate(text, (x, min(before, after)), (0.08, 0.03), textcoords="axes fraction", arrowprops=leader, **style)
-
-
-def _in_points(found: Pair) -> str:
-    gain, _, interval = gain_text(found.test, found.declined).partition(" ")
-    return f"{gain} points {interval}" if interval else gain
 
 
 # --- maps -----------------------------------------------------------------------------------------------------------
@@ -253,6 +254,7 @@ def gain_heatmap(run: Run, backbone: str) -> Figure:
     """
     before, after = run.study.compare[0]
     found = {scope: run.pairs(backbone, (before, after), scope) for scope in run.scopes}
+    corrected = run.corrected([backbone], run.scopes, [(before, after)])
     keys = list(found[run.scopes[0]])
     index = {"index": list(dict.fromkeys(train for train, _ in keys)), "columns": sorted({infer for _, infer in keys})}
     largest = max([0.1, *(abs(pair.gain) for pairs in found.values() for pair in pairs.values() if pair.is_run)])
@@ -263,7 +265,7 @@ def gain_heatmap(run: Run, backbone: str) -> Figure:
         for key, pair in pairs.items():
             texts.loc[key] = DECLINED if pair.declined and pair.is_run else NOT_RUN
             if pair.is_run and not pair.declined:
-                star = "" if pair.test is None else stars(pair.test.p_images_holm)
+                star = "" if pair.test is None else stars(corrected[pair.test.name])
                 numbers.loc[key], texts.loc[key], pale.loc[key] = pair.gain, signed(pair.gain) + star, not star
         _map(axis, numbers, texts, largest, pale)
         axis.set(title=_title(scope, size[0]), xlabel="inference degree", ylabel="train degree")
@@ -294,6 +296,77 @@ def gap_transfer(run: Run, backbone: str) -> Figure:
         if slanted:
             plt.setp(axis.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
     _colour_bar(figure, axes, "change in points", largest)
+    return figure
+
+
+# --- methods side by side -------------------------------------------------------------------------------------------
+
+
+def methods_compared(run: Run, backbone: str) -> dict[str, Figure]:
+    """Return the figures of all methods at the endpoint's degrees, where there is enough of them."""
+    there = across.measured(run, backbone)
+    rivals, ranks = across.ranks_of(there)
+    found = {"profiles": score_profiles(run, there)} if there else {}
+    names = [run.title(entry.method) for entry in rivals]
+    return found | ({"ranks": rank_diagram(names, ranks, len(run.scopes[-1].tasks))} if ranks else {})
+
+
+def score_profiles(run: Run, there: dict[across.Entry, np.ndarray]) -> Figure:
+    """Draw the share of runs, each a task under a seed, that score above a threshold; dashed: the ceilings.
+
+    Bands are 95 % intervals by drawing seeds within tasks; only where there are few methods, and several seeds.
+    """
+    figure, (axis,) = _grid(1, 1.5 * _WIDTH, 1.2 * _HEIGHT)
+    every = np.unique(np.concatenate([scores.ravel() for scores in there.values()]))
+    margin = 0.05 * np.ptp(every) + 0.1
+    thresholds = np.array([every[0] - margin, *every, every[-1] + margin])
+    methods = dict.fromkeys(entry.method for entry in there)
+    colours = dict(zip(methods, sns.color_palette("colorblind", len(methods)), strict=True))
+    with_bands = sum(not entry.matched for entry in there) <= _READABLE
+    for entry, scores in there.items():
+        colour, line = colours[entry.method], "--" if entry.matched else "-"
+        look = {"color": colour, "linestyle": line, "linewidth": 1.8, "label": across.title(run, entry)}
+        axis.step(thresholds, 100 * across.profile(scores, thresholds), where="post", **look)
+        if with_bands and not entry.matched and len(scores) > 1:
+            draws = across.resampled(scores, run.study.analysis.resamples)
+            ends = 100 * across.percentiles(across.profile(draws, thresholds))
+            axis.fill_between(thresholds, *ends, step="post", color=colour, alpha=0.15, linewidth=0)
+    train, infer = across.degrees(run.study)
+    axis.set(
+        title=f"{run.scopes[-1].title}, {train} → {infer}" if train else run.scopes[-1].title,
+        xlabel=f"test {run.study.metric} (%)",
+        ylabel="runs above it (%)",
+        ylim=(-2, 102),
+    )
+    _legend(figure, axis.get_legend_handles_labels()[0])
+    return figure
+
+
+def rank_diagram(names: Sequence[str], ranks: across.Ranks, tasks: int) -> Figure:
+    """Draw the critical-difference diagram (Demsar 2006, figure 1): bars join methods that cannot be told apart."""
+    order, k = np.argsort(ranks.means, kind="stable"), len(names)
+    left, joined = (k + 1) // 2, across.alike(ranks.means, ranks.critical)
+    top, step, beyond = 0.8 + 0.35 * len(joined), 0.6, 0.02 * (k - 1)
+    figure, (axis,) = _grid(1, 1.7 * _WIDTH, 0.9 + 0.27 * (top + step * left + 1.2))
+    axis.set_axis_off()
+    axis.set(xlim=(1 - 0.5 * (k - 1), k + 0.5 * (k - 1)), ylim=(top + step * left, -2.4))
+    axis.plot([1, k], [0, 0], color=_EDGE, linewidth=1.2)
+    for rank in range(1, k + 1):
+        axis.plot([rank, rank], [0, -0.2], color=_EDGE, linewidth=1.2)
+        axis.text(rank, -0.3, str(rank), ha="center", va="bottom")
+    axis.errorbar(1 + ranks.critical / 2, -1.5, xerr=ranks.critical / 2, color=_EDGE, capsize=3, linewidth=1.2)
+    axis.text(1 + ranks.critical / 2, -1.75, f"critical difference {ranks.critical:.2f}", ha="center", va="bottom")
+    for place, index in enumerate(order):
+        mean, is_left = ranks.means[index], place < left
+        y = top + step * (place if is_left else k - 1 - place)
+        x, side = (1 - 3 * beyond, "right") if is_left else (k + 3 * beyond, "left")
+        axis.plot([mean, mean, x], [0, y, y], color=_NO_DEGREE, linewidth=1.0)
+        text = f"{names[index]}  {mean:.2f}" if is_left else f"{mean:.2f}  {names[index]}"
+        axis.text(x, y, f" {text} ", ha=side, va="center")
+    for number, (low, high) in enumerate(joined):
+        y = 0.4 + 0.35 * number
+        axis.plot([low - beyond, high + beyond], [y, y], color=_EDGE, linewidth=4, solid_capstyle="butt")
+    axis.set_title(f"Mean rank over {tasks} tasks, 1 is the best (Friedman's test: {across.p_is(ranks.p)})")
     return figure
 
 
@@ -346,15 +419,21 @@ def _by_epoch(axis, title: str, label: str) -> None:
 
 
 def _learned_panel(axis, run: Run, learned: Sequence[Curve]) -> None:
-    """Draw the loss of parts that were learned: on held-out images, without the part (dotted), and of the training."""
+    """Draw the loss of parts that were learned: on held-out images, without the part (dotted), and of the training.
+
+    What a method learned with several seeds has one colour.
+    """
     _by_epoch(axis, "learned parts", "held-out loss")
-    for curve, colour in zip(learned, sns.color_palette("dark", len(learned)), strict=True):
-        frame = curve.read()
-        axis.plot(-frame.held_out, color=colour, marker="o", markersize=4, label=run.title(curve.method))
+    methods = list(dict.fromkeys(curve.method for curve in learned))
+    colours = dict(zip(methods, sns.color_palette("dark", len(methods)), strict=True))
+    for curve in learned:
+        frame, colour = curve.read(), colours[curve.method]
+        axis.plot(-frame.held_out, color=colour, marker="o", markersize=4)
         axis.plot(frame.loss, color=colour, linestyle="--", linewidth=1.0, alpha=0.7)
         if curve.without is not None:
             axis.axhline(curve.without, color=colour, linestyle=":", linewidth=1.2)
-    axis.legend(fontsize=7)
+    handles = [Line2D([], [], color=colours[m], marker="o", markersize=4, label=run.title(m)) for m in methods]
+    axis.legend(handles=handles, fontsize=7)
 
 
 def _curve_handles(run: Run, there: Sequence[Curve], markers: dict[str, str], with_losses: bool) -> list[Line2D]:

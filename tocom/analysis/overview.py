@@ -14,7 +14,7 @@ from tocom.analysis.paper import LARGEST_CAPTION, NOT_AT_HAND, READING_CAPTION, 
 from tocom.analysis.planned import VTAB, Scope, same_models
 from tocom.analysis.report import write_pages
 from tocom.analysis.run import Compared, Run, best_mean, largest, published_gain, transfer_methods, transferred
-from tocom.analysis.tables import NOT_RUN, VTAB_NOTE, Table, Text, gain_text, signed
+from tocom.analysis.tables import NOT_RUN, STARS_CAPTION, VTAB_NOTE, Table, Text, gain_text, signed
 from tocom.settings import PLAIN
 
 #: What each kind of study (its key ``paper``) asks.
@@ -27,6 +27,8 @@ ASKS = {
     "transfer": "mean change by the gap of another task",
     "segmentation": "largest gain in mIoU",
 }
+#: What a star means in the overview.
+OVERVIEW_STARS = STARS_CAPTION.replace("all gains that are shown here", "all gains that the largest was taken from")
 #: A backbone with two methods.
 Model = tuple[str, Compared]
 
@@ -101,7 +103,9 @@ def _largest_text(run: Run, scope: Scope, models: Sequence[Model], infer: int | 
     if not found:
         return NOT_RUN
     model, best = max(found.items(), key=lambda one: one[1].test.gain)
-    return f"{gain_text(best.test, best.declined)} ({best.degrees}{_of_model(run, model)})"
+    backbones, compared = zip(*models, strict=True)
+    corrected = run.corrected(dict.fromkeys(backbones), [scope], dict.fromkeys(compared))
+    return f"{gain_text(best, corrected)} ({best.degrees}{_of_model(run, model)})"
 
 
 def _mean_text(run: Run, scope: Scope, models: Sequence[Model]) -> str:
@@ -150,8 +154,8 @@ def joint(lines: Sequence[Overview]) -> Table:
     caption = (
         f"Gains in points. Published: arXiv 2408.06798, of DeiT-B with ToMe (mIoU: of its own segmenter on ADE20k); "
         f"{NOT_AT_HAND}: not at hand. Ours: with a "
-        "95 % interval and the degrees (train → inference) at which it was measured; * p < 0.05, ** p < 0.01, "
-        f"*** p < 0.001, paired test on images, Holm-corrected. {LARGEST_CAPTION} "
+        f"95 % interval and the degrees (train → inference) at which it was measured. {OVERVIEW_STARS} "
+        f"{LARGEST_CAPTION} "
         "Mean gain: over all inference degrees but the train degree, from the train degree where it is largest. "
         f"{READING_CAPTION} Cells: how many were run of how many are planned."
     )

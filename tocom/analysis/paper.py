@@ -7,9 +7,10 @@ are of the same model and tasks; of the paper's tables nothing else is at hand, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import product
+from statistics import fmean
 from typing import Any
 
 from tocom.analysis.planned import VTAB, same_models, train_degrees
@@ -67,9 +68,10 @@ def _backbones(run: Run) -> list[Table]:
 def largest_gains(run: Run) -> Table:
     """Return the largest gain of every pair of methods that share models, beside the published one."""
     rows, seeds = [], len(run.study.seeds)
+    corrected = run.corrected(run.backbones, run.scopes, same_models(run.study))
     for scope, backbone, pair in product(run.scopes, run.backbones, same_models(run.study)):
         best, mean = largest(run, backbone, pair, scope), best_mean(run, backbone, pair, scope)
-        texts = [scope.name, where(run, backbone, pair), gain_text(best.test, best.declined) if best else NOT_RUN]
+        texts = [scope.name, where(run, backbone, pair), gain_text(best, corrected) if best else NOT_RUN]
         texts += [best.degrees if best else NOT_RUN]
         texts += [score_text(mean[1], seeds, show=signed).text if mean else NOT_RUN, mean[0] if mean else NOT_RUN]
         rows.append([Text(text) for text in (*texts, published_gain(run, scope, backbone, pair) or NOT_AT_HAND)])
@@ -129,8 +131,9 @@ def _ablation(run: Run) -> list[Table]:
     seeds, scope, tables = len(run.study.seeds), run.scopes[-1], []
     for backbone, (plain, ours) in product(run.backbones, run.with_compensators()):
         pairs = {method: run.pairs(backbone, (plain, method), scope) for method in ours}
+        corrected = run.corrected([backbone], [scope], [(plain, method) for method in ours])
         degrees = sorted({key for found in pairs.values() for key in found}, key=lambda key: (int(key[0]), key[1]))
-        files = [run.learned_file(backbone, method) for method in ours]
+        files = [run.learned_file(backbone, method, run.study.seeds[0]) for method in ours]
         scores = [score_text(run.score(backbone, plain, scope, *key), seeds) for key in degrees]
         without = _held_out_kl(run, backbone, ours[0], "held_out_kl_without")
         rows = [[Text(run.title(plain)), Text("plain"), *scores, Text(without)]]
@@ -142,13 +145,14 @@ def _ablation(run: Run) -> list[Table]:
             rules.append(len(rows))
             changes = _changes_text(run.study.methods[method].changes)
             rows.append([Text(run.title(method)), Text(changes or "as configured"), *scores, Text(kl)])
-            gains = [gain_cell(pairs[method].get(key), with_p=True) for key in degrees]
+            gains = [gain_cell(pairs[method].get(key), corrected, with_p=True) for key in degrees]
             rows.append([Text(""), Text("gain"), *gains, Text("")])
         caption = (
             f"{learning_note(run, [backbone], ours)}Test {run.study.metric} in % at each train → inference degree, "
             f"{averages(scope, seeds)}. {gain_caption(run)} p: of "
-            "that test; each method is a family of its own. KL: of the student from the teacher on held-out images "
-            "(nats), at the scale that the compensator was learned at; – where nothing was learned for it alone. "
+            "that test, corrected. KL: of the student from the teacher on held-out images "
+            "(nats), at the scale that the compensator was learned at, mean over seeds; – where nothing was learned "
+            "for it alone. "
             f"{MISSING_CAPTION}{declined_note(rows)}"
         )
         header = ["method", "changes", *(f"{train} → {infer}" for train, infer in degrees), "KL"]
@@ -171,12 +175,19 @@ def _plain(value: Any) -> str:
 
 
 def _held_out_kl(run: Run, backbone: str, method: str, key: str) -> str:
-    """Return what the file of what was learned says, a dash where that is nothing."""
-    file, kl = run.learned_file(backbone, method), run.learned(backbone, method).get(key)
-    if file is not None and not file.is_file():
+    """Return the mean of what the files of what was learned say, one a seed; a dash where that is nothing."""
+    files = [run.learned_file(backbone, method, seed) for seed in run.study.seeds]
+    if not any(file.is_file() for file in files):
         return NOT_RUN
-    in_vain = " (no better than without)" if key == "held_out_kl" and learned_in_vain(run, backbone, method) else ""
-    return "–" if kl is None else f"{round(kl, 4) + 0.0:.4f}{in_vain}"  # never "-0.0000"
+    found = [run.learned(backbone, method, seed).get(key) for seed in run.study.seeds]
+    known = [kl for kl in found if kl is not None]
+    in_vain = key == "held_out_kl" and learned_in_vain(run, backbone, method)
+    note = f" (no better than without, with {_seeds(in_vain)})" if in_vain else ""
+    return f"{round(fmean(known), 4) + 0.0:.4f}{note}" if known else "–"  # never "-0.0000"
+
+
+def _seeds(seeds: Sequence[int]) -> str:
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 def _transfer(run: Run) -> list[Table]:

@@ -94,6 +94,34 @@ def points(study, before: str, after: str) -> list[Point]:
     return [point for point in found if point.train != str(point.infer) or not both]
 
 
+class Endpoint(NamedTuple):
+    """The one comparison that a study is made for: two methods on a backbone, on some tasks, at a pair of degrees."""
+
+    backbone: str
+    before: str
+    after: str
+    scope: Scope
+    point: Point
+
+
+def endpoint(study) -> Endpoint | None:
+    """Return the comparison that a study was declared to be made for, or None if it compares nothing there."""
+    wanted = study.endpoint
+    if not study.compare:
+        return None
+    before, after = wanted.compare or study.compare[0]
+    scopes = group_scopes(study.groups)
+    scope = next((s for s in [*scopes, *task_scopes(study.groups)] if s.name == wanted.tasks), scopes[-1])
+    here = [
+        point
+        for point in points(study, before, after)
+        if (wanted.train_degree is None or point.train == str(wanted.train_degree))
+        and wanted.infer_degree in (None, point.infer)
+    ]
+    point = min(here, key=lambda p: (int(p.train) if p.train.isdigit() else 0, -p.infer), default=None)
+    return point and Endpoint(wanted.backbone or study.backbones[0].name, before, after, scope, point)
+
+
 def same_models(study) -> list[tuple[str, str]]:
     """Return the declared pairs whose methods share checkpoints: what a compensator does to the same models."""
     return [pair for pair in study.compare if study.tuned_as(pair[0]) == study.tuned_as(pair[1])]

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from tocom.analysis.across import methods_table, variance_table
 from tocom.analysis.paper import paper_tables
 from tocom.analysis.planned import task_scopes
 from tocom.analysis.run import Run
-from tocom.analysis.tables import Table, degree_tables, significance_table, throughput_table
+from tocom.analysis.tables import Table, degree_tables, harm_table, significance_table, throughput_table
 from tocom.errors import TocomError
 from tocom.files import atomic, write_text
 
@@ -24,11 +25,13 @@ ELSEWHERE = "This study has one task; its table is the main one.\n"
 
 
 def make_tables(run: Run) -> dict[str, list[Table]]:
-    """Return the tables of a study by file name: main, tasks, significance and throughput."""
+    """Return the tables of a study by file name."""
     return {
         "main": degree_tables(run, run.scopes),
         "tasks": degree_tables(run, task_scopes(run.study.groups)),
-        "significance": [significance_table(run, name) for name in run.backbones],
+        "significance": [table(run, name) for name in run.backbones for table in (significance_table, harm_table)],
+        "methods": [methods_table(run, name) for name in run.backbones],
+        "variance": [variance_table(run, name) for name in run.backbones],
         "throughput": [throughput_table(run, name) for name in run.backbones],
     }
 

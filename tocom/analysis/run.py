@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,18 @@ import pandas as pd
 
 from tocom.analysis import compare
 from tocom.analysis.cells import COLUMNS, KEYS, TEXT, checked, read_cells
-from tocom.analysis.planned import Point, Scope, cells, families, group_scopes, is_compensated, points, train_degrees
+from tocom.analysis.planned import (
+    Endpoint,
+    Point,
+    Scope,
+    cells,
+    endpoint,
+    families,
+    group_scopes,
+    is_compensated,
+    points,
+    train_degrees,
+)
 from tocom.analysis.published import Published, read_published
 from tocom.files import load_arrays
 from tocom.settings import PLAIN
@@ -64,6 +76,7 @@ class Run:
     folder: Path
     cells: pd.DataFrame
     significance: pd.DataFrame
+    harm: pd.DataFrame
     throughput: pd.DataFrame
     transfer: pd.DataFrame
     _found: dict[tuple, dict[tuple, Any]] = field(default_factory=dict)
@@ -84,6 +97,7 @@ class Run:
             folder,
             read_cells(folder / "cells.csv") if there else pd.DataFrame(columns=COLUMNS),
             _read(folder / "significance.csv", compare.COLUMNS),
+            _read(folder / "harm.csv", compare.HARM_COLUMNS),
             _read(folder / "throughput.csv", _THROUGHPUT),
             _read(folder / "transfer.csv", _TRANSFER, keep_default_na=False),
         )
@@ -157,15 +171,15 @@ class Run:
         keys = [(backbone, m, train, point.infer) for m, train in trains if is_compensated(self.study, m)]
         return bool(keys) and all(self._found["scales", scope].get(key) == 0 for key in keys)
 
-    def learned_file(self, backbone: str, method: str, role: str = "compensator") -> Path | None:
-        """Return the file of what a method learned, in the study's folder wherever that is; None if it learns none."""
-        file = self.study.learned_file(backbone, method, role)
+    def learned_file(self, backbone: str, method: str, seed: int, role: str = "compensator") -> Path | None:
+        """Return the file of what a method learned with a seed, in the study's folder wherever that is, or None."""
+        file = self.study.learned_file(backbone, method, seed, role)
         within = file is not None and file.is_relative_to(self.study.root)
         return self.folder / file.relative_to(self.study.root) if within else file
 
-    def learned(self, backbone: str, method: str, role: str = "compensator") -> dict[str, Any]:
-        """Return what stands beside a method's learned part; nothing where there is none, or not yet."""
-        file = self.learned_file(backbone, method, role)
+    def learned(self, backbone: str, method: str, seed: int, role: str = "compensator") -> dict[str, Any]:
+        """Return what stands beside what a method learned with a seed; nothing where there is none, or not yet."""
+        file = self.learned_file(backbone, method, seed, role)
         if file not in self._found:
             self._found[file] = load_arrays(file)[1] if file is not None and file.is_file() else {}
         return self._found[file]
@@ -196,6 +210,25 @@ class Run:
             for p in points(self.study, before, after)
         }
 
+    def corrected(
+        self, backbones: Iterable[str], scopes: Iterable[Scope], compared: Iterable[Compared] | None = None
+    ) -> pd.Series:
+        """Return the p-values of the comparisons that are shown together, by their row in significance.csv.
+
+        See :func:`tocom.analysis.compare.corrected`.
+
+        Args:
+            compared: pairs of methods; None: all that are declared.
+        """
+        wanted = self.study.compare if compared is None else compared
+        rows = [
+            pair.test.name
+            for backbone, scope, methods in product(backbones, scopes, wanted)
+            for pair in self.pairs(backbone, methods, scope).values()
+            if pair.test is not None
+        ]
+        return compare.corrected(self.significance.loc[rows])
+
     def progress(self, tasks: Sequence[str] | None = None) -> tuple[int, int]:
         """Return how many planned cells of some tasks there are, and how many are planned."""
         planned = cells(self.study, tasks)
@@ -217,14 +250,12 @@ def _read(path: Path, columns: Sequence[str], **options) -> pd.DataFrame:
     return checked(pd.read_csv(path, dtype=TEXT, **options), columns, path)
 
 
-def strongest(run: Run, backbone: str, compared: Compared, scope: Scope) -> Pair | None:
-    """Return the pair with the lowest train degree, and with the highest inference degree that goes with it.
-
-    None if no pair of theirs was run and tested at a train degree that is a number.
-    """
-    pairs = run.pairs(backbone, compared, scope).values()
-    tested = [pair for pair in pairs if pair.is_run and pair.test is not None and pair.train.isdigit()]
-    return min(tested, key=lambda pair: (int(pair.train), -pair.infer), default=None)
+def primary(run: Run) -> tuple[Endpoint, Pair] | None:
+    """Return the comparison that the study is made for, and what was measured of it; None if that was not run."""
+    end = endpoint(run.study)
+    pairs = run.pairs(end.backbone, (end.before, end.after), end.scope) if end else {}
+    pair = pairs.get((end.point.train, end.point.infer)) if end else None
+    return (end, pair) if pair and pair.is_run and pair.test is not None else None
 
 
 def largest(run: Run, backbone: str, compared: Compared, scope: Scope, infer: int | None = None) -> Pair | None:

@@ -1,167 +1,280 @@
-"""Paired statistics: does a condition beat the plain one, by how much, and how sure is that?
+"""Does one condition beat another, by how much, and how sure is that: for other test images and other trainings.
 
-One comparison is a difference [seeds, images] of integers in {-1, 0, 1}: whether an image is right with the compensator
-minus whether it is right without it. All seeds see the same images.
-Every test is two-sided and each answers a question of its own:
+A condition is a method at a train and an inference degree. Its values are [seeds, images]: for every image a number
+whose mean over images is the score in points (100 or 0 for accuracy). Errors of a mean come from the images, which all
+conditions and seeds share; from the trainings, of which every seed is a new one; and from what is learned once for all
+tasks, such as a compensator, which is another with every seed, too. Every p-value answers a question of its own:
 
-=================================  ==================================================================================
-:func:`sign_flip_test`             would these trained models gain on other images of one task?
-:func:`pooled_sign_flip_test`      the same for the mean over several tasks
-:func:`seed_test`                  would models trained from other seeds gain?
-:func:`task_test`                  would other tasks gain?
-=================================  ==================================================================================
-
-A bootstrap interval covers images and seeds together.
+=============================  ======================================================================================
+:meth:`Contrast.p`             would other trainings gain on other images of these tasks?
+:func:`sign_flip_test`         would these trained models gain on other images of these tasks?
+:meth:`Means.p_seeds`          would other trainings gain on these images?
+:func:`task_test`              would other tasks gain?
+=============================  ======================================================================================
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy import optimize, stats
 
-#: Most bootstrap counts to hold at once (8 bytes each).
-_CHUNK = 2**22
 #: Decimals of a percentage point that count; the rest is round-off, which must not break ties.
 _DECIMALS = 9
-#: What share of draws an interval holds.
-_LEVEL = 0.95
+#: In what share of repetitions an interval is to hold the truth.
+LEVEL = 0.95
+#: The smallest p-value over images and trainings; scipy's quantiles of t fail beyond.
+_SMALLEST = 1e-100
+#: The longest distribution of a sum of signed whole numbers that is computed exactly; longer ones are approximated.
+_LONGEST = 20_000
 
 
-# --- intervals ----------------------------------------------------------------------------------------------
+# --- means of conditions, and where their errors come from ----------------------------------------------------------
 
 
-def gap_closed(plain: float, compensated: float, matched: float) -> float:
-    """Return the share of the gap to the matched-degree model that is closed; NaN where there is no gap to close.
+class Trained(NamedTuple):
+    """Which trainings a condition comes from.
 
-    Args:
-        plain, compensated, matched: accuracies in one unit, of the model without and with the compensator and of
-            the model trained at the degree that it runs at.
+    Attributes:
+        by: conditions are of the same trainings if this is equal.
+        shared: whether something that is learned for all tasks at once takes part, so that tasks err together.
     """
-    return (compensated - plain) / (matched - plain) if matched > plain else float("nan")
+
+    by: Hashable
+    shared: bool
 
 
-def interval_of_gap(means: NDArray, observed: ArrayLike) -> tuple[float, float]:
-    """Return the percentile interval of the share of a gap that is closed.
+class Source(NamedTuple):
+    """Covariances [K, K] of the errors of K means, from one source of errors.
 
-    Draws without a gap are left out; where the data themselves show none, both ends are NaN, as :func:`gap_closed` is.
-
-    Args:
-        means: draws [resamples, 3] of the scores that :func:`gap_closed` takes. observed: the scores themselves.
+    Attributes:
+        covariance: the estimate. df: its degrees of freedom.
     """
-    means = means[means[:, 2] > means[:, 0]]
-    if observed[2] <= observed[0] or not len(means):
-        return float("nan"), float("nan")
-    return interval((means[:, 1] - means[:, 0]) / (means[:, 2] - means[:, 0]))
+
+    covariance: NDArray
+    df: int
 
 
-def crossed_bootstrap(
-    tasks: Sequence[NDArray], resamples: int, seed: int, score: Callable[[NDArray], NDArray] = lambda means: means
-) -> NDArray:
-    """Resample seeds and images of tasks, the same ones for all conditions.
+@dataclass(frozen=True)
+class Contrast:
+    """A weighted sum of means of conditions, in points, with the variance of its error by source.
 
-    Question: which scores are plausible, were other images and other seeds drawn? Seeds and images are resampled
-    crosswise: every task draws its own images, all tasks share the draw of seeds. What three seeds can tell is
-    limited: in simulations a 95 % interval covered the truth 99 % of the time where seeds scatter independently, but
-    76 % where what a seed does to all images outweighs everything else. With one seed that spread is not seen at all.
-
-    A draw with replacement is a multinomial vector of counts. Images with equal columns are interchangeable, so the
-    counts are drawn for distinct columns: a few dozen numbers a draw, whatever the number of images.
-
-    Args:
-        tasks: each [conditions, seeds, images, ...] of the same seeds; what is behind the images is averaged over them.
-        score: makes a score [...] of such averages.
-
-    Returns:
-        Scores [resamples, conditions], averaged over seeds and tasks.
+    Attributes:
+        value: the sum.
+        trainings, images: variances of its error; ``trainings`` is NaN with one seed.
+        training_df, image_df: degrees of freedom of either.
+        spread: the standard deviation of a single training.
     """
-    n_conditions, n_seeds = tasks[0].shape[:2]
-    rng = np.random.default_rng(seed)
-    seed_weights = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=resamples) / n_seeds
-    total = np.zeros((resamples, n_conditions))
-    for task in tasks:
-        n_images, *rest = task.shape[2:]
-        flat = np.moveaxis(task, 2, -1).reshape(-1, n_images)
-        columns, counts = np.unique(flat, axis=1, return_counts=True)
-        step = max(1, _CHUNK // max(columns.shape))
-        for start in range(0, resamples, step):
-            rows = slice(start, min(start + step, resamples))
-            image_weights = rng.multinomial(n_images, counts / n_images, size=rows.stop - rows.start) / n_images
-            by_seed = score((image_weights @ columns.T).reshape(-1, n_conditions, n_seeds, *rest))
-            total[rows] += np.einsum("rcs,rs->rc", by_seed, seed_weights[rows])
-    return total / len(tasks)
+
+    value: float
+    trainings: float
+    training_df: float
+    images: float
+    image_df: float
+    spread: float
+
+    def critical(self, level: float) -> float:
+        """Return by how many standard errors the value has to differ for a two-sided test at ``level``.
+
+        The critical values of t for either source, weighted by their variances (Cochran and Cox 1950). One effective
+        number of degrees of freedom instead (Satterthwaite 1946) takes too many where the spread of a few trainings
+        happens to look small: `tocom analyse simulate` compares them.
+        """
+        variances = np.array([self.trainings, self.images])
+        t = stats.t.isf(level / 2, [self.training_df, self.image_df])
+        return float(variances @ t / variances.sum()) if variances.any() else 0.0
+
+    @property
+    def error(self) -> float:
+        """The standard error."""
+        return float(np.sqrt(self.trainings + self.images))
+
+    def p(self, than: float = 0.0) -> float:
+        """Return the two-sided p-value of the true value being ``than``, over images and trainings.
+
+        Returns:
+            p, 1 when the value is ``than``. NaN (undefined) with one seed, and where nothing varies but the value is
+            another.
+        """
+        distance = abs(self.value - than)
+        if np.isnan(self.error) or distance < 10.0**-_DECIMALS:
+            return np.nan if np.isnan(self.error) else 1.0
+        if not self.error:
+            return np.nan
+        lowest = np.log(_SMALLEST)
+
+        def too_far(log_level: float) -> float:
+            return self.critical(np.exp(log_level)) - distance / self.error
+
+        return float(np.exp(lowest if too_far(lowest) <= 0 else optimize.brentq(too_far, lowest, 0, xtol=1e-12)))
+
+    def p_above(self, bound: float) -> float:
+        """Return the one-sided p-value of the true value being no more than ``bound``."""
+        p = self.p(bound)
+        return p / 2 if self.value > bound else 1 - p / 2
+
+    def interval(self) -> tuple[float, float]:
+        """Return the ends of the interval that belongs to :meth:`p`; with one seed, of one over images alone."""
+        if np.isnan(self.trainings):
+            return Contrast(self.value, 0.0, 1, self.images, self.image_df, 0.0).interval()
+        half = self.critical(1 - LEVEL) * self.error
+        return self.value - half, self.value + half
+
+    @property
+    def effect(self) -> float:
+        """The value in standard deviations of a single training (Cohen's d); NaN where trainings do not differ."""
+        return self.value / self.spread if self.spread > 0 else np.nan
 
 
-def interval(values: NDArray) -> tuple[float, float]:
-    """Return the ends of the percentile interval of some draws."""
-    low, high = np.quantile(values, [(1 - _LEVEL) / 2, (1 + _LEVEL) / 2])
-    return float(low), float(high)
+@dataclass(frozen=True)
+class Means:
+    """The mean scores of K conditions, averaged over seeds and tasks, and the sources of their errors.
+
+    Attributes:
+        values: [K], in points. trainings, images: independent sources. seeds: over how many the means are.
+    """
+
+    values: NDArray
+    trainings: tuple[Source, ...]
+    images: tuple[Source, ...]
+    seeds: int
+
+    @classmethod
+    def of(cls, tasks: Sequence[NDArray], trained: Sequence[Trained], weights: ArrayLike | None = None) -> Means:
+        """Estimate them: two-way analysis of variance (images x seeds) of every task.
+
+        Args:
+            tasks: values [K, seeds, images] each, in points. trained: of which trainings each condition is.
+            weights: of the tasks, [tasks], with sum 1; by default all alike.
+        """
+        weights = np.full(len(tasks), 1 / len(tasks)) if weights is None else np.asarray(weights, dtype=float)
+        n_seeds = tasks[0].shape[1]
+        by_seed = np.stack([w * task.mean(axis=2) for w, task in zip(weights, tasks, strict=True)])  # [tasks, K, seeds]
+        parts = [_analysed(task, trained) for task in tasks]
+        images = tuple(
+            Source(w**2 * (between - rest / n_seeds) / task.shape[2], task.shape[2] - 1)
+            for w, task, (between, rest) in zip(weights, tasks, parts, strict=True)
+        )
+        values = by_seed.sum(axis=0).mean(axis=1)
+        if n_seeds < 2:
+            return cls(values, (), images, n_seeds)
+        trainings = []
+        for one in dict.fromkeys(trained):
+            mine = np.array([other == one for other in trained])
+            block = np.outer(mine, mine)
+            draws = by_seed.sum(axis=0, keepdims=True) if one.shared else by_seed
+            trainings += [Source(block * np.atleast_2d(np.cov(draw)) / n_seeds, n_seeds - 1) for draw in draws]
+        return cls(values, tuple(trainings), images, n_seeds)
+
+    def contrast(self, weights: ArrayLike) -> Contrast:
+        """Return a weighted sum of the means; of two conditions, [-1, 1] is the gain."""
+        w = np.asarray(weights, dtype=float)
+        value = float(w @ self.values)
+        images, image_df = _added([w @ source.covariance @ w for source in self.images], [s.df for s in self.images])
+        if not self.trainings:
+            return Contrast(value, np.nan, np.nan, images, image_df, np.nan)
+        trainings, df = _added([w @ s.covariance @ w for s in self.trainings], [s.df for s in self.trainings])
+        return Contrast(value, trainings, df, images, image_df, float(np.sqrt(self.seeds * trainings)))
+
+    def p_seeds(self, weights: ArrayLike) -> float:
+        """Return the two-sided p-value of a weighted sum of the means being 0, over trainings on these images.
+
+        A t-test on the values by seed, with Satterthwaite's degrees of freedom where trainings are independent.
+
+        Returns:
+            p, 1 when the values are 0 for all seeds. NaN (undefined) with one seed, and when all are equal but not 0:
+            no spread among a few seeds tells that a score is discrete, not that the gain is certain.
+        """
+        w = np.asarray(weights, dtype=float)
+        own = [w @ source.covariance @ w for source in self.trainings]
+        variance, df = _added(own, [source.df for source in self.trainings]) if own else (0.0, 1.0)
+        value = abs(w @ self.values)
+        if variance < 10.0 ** (-2 * _DECIMALS):
+            return 1.0 if own and value < 10.0**-_DECIMALS else np.nan
+        return float(2 * stats.t.sf(value / np.sqrt(variance), df))
+
+    def gap_closed(self) -> tuple[float, float, float]:
+        """Return the share of the gap between the first and the third condition that the second one closes.
+
+        Returns:
+            The share and its interval by Fieller's method (1954): the shares that a test at the interval's level does
+            not exclude. All NaN where the interval of the gap itself does not lie above 0, so that there may be
+            nothing to close, and with one seed.
+        """
+        gap = self.contrast([-1, 0, 1])
+        if not gap.interval()[0] > 0 or not self.trainings:
+            return np.nan, np.nan, np.nan
+        share = self.contrast([-1, 1, 0]).value / gap.value
+
+        def excess(of: float) -> float:
+            left = self.contrast([of - 1, 1, -of])
+            return abs(left.value) - left.critical(1 - LEVEL) * left.error
+
+        def end(direction: int) -> float:
+            step = direction * 0.5
+            while excess(share + step) < 0:
+                step *= 2
+            return optimize.brentq(excess, share, share + step, xtol=1e-9) if excess(share) < 0 else share
+
+        return share, end(-1), end(1)
 
 
-# --- tests --------------------------------------------------------------------------------------------------
+def _analysed(task: NDArray, trained: Sequence[Trained]) -> tuple[NDArray, NDArray]:
+    """Return the covariance over images of the means over seeds, and that of what remains of an image under a seed.
+
+    Both are [K, K] for values [K, seeds, images]; conditions of different trainings share no remainder.
+    """
+    n_conditions, n_seeds, n_images = task.shape
+    flat = task.reshape(-1, n_images).astype(float)
+    products = np.atleast_2d(np.cov(flat)) if n_images > 1 else np.zeros((len(flat), len(flat)))
+    products = products.reshape(n_conditions, n_seeds, n_conditions, n_seeds)
+    between = products.mean(axis=(1, 3))
+    if n_seeds < 2:
+        return between, np.zeros_like(between)
+    rest = (np.einsum("ksls->kl", products) - n_seeds * between) / (n_seeds - 1)
+    same = np.array([[a.by == b.by for b in trained] for a in trained])
+    return between, np.where(same, rest, 0.0)
 
 
-def sign_flip_test(difference: NDArray) -> float:
-    """Return the exact two-sided p-value of a paired permutation test on images.
+def _added(variances: ArrayLike, dfs: Sequence[int]) -> tuple[float, float]:
+    """Return the sum of independent estimates, not below 0, and its degrees of freedom (Satterthwaite 1946)."""
+    variances = np.asarray(variances)
+    total = max(variances.sum(), 0.0)
+    return float(total), float(total**2 / (variances**2 / dfs).sum()) if total else float(min(dfs))
 
-    Question: would these trained models gain on other images of the task? Under the null, exchanging the two
+
+# --- tests that take trainings, or images, as given -------------------------------------------------------------------
+
+
+def sign_flip_test(differences: Sequence[NDArray]) -> float:
+    """Return the two-sided p-value of a paired permutation test on images, for the mean over tasks of the mean gain.
+
+    Question: would these trained models gain on other images of these tasks? Under the null, exchanging the two
     conditions of an image under all seeds at once changes nothing. Seeds of one image are thus free to agree, which
-    would make a test on all seed-image pairs overconfident. With one seed this is the exact McNemar test.
+    would make a test on all seed-image pairs overconfident. With one task and one seed it is the exact McNemar test.
 
-    Returns:
-        p in (0, 1], 1 when no image has a net difference.
-    """
-    return _sign_flip_p(difference.sum(axis=0, dtype=int))
-
-
-def pooled_sign_flip_test(differences: Sequence[NDArray], resamples: int = 100_000, seed: int = 0) -> float:
-    """Return the two-sided Monte Carlo p-value of the sign-flip test for the mean over tasks of the mean gain.
-
-    Question: would these trained models gain on other images of these tasks, on average over the tasks?
+    The distribution under the null is exact where the gains are whole multiples of a unit and not too many, and its
+    saddlepoint approximation otherwise (Lugannani and Rice 1980; for permutations, Robinson 1982), whose relative
+    error stays small however small the p-value.
 
     Args:
-        differences: one for each task.
-        resamples: draws of the null. seed: of the draws.
+        differences: gains [seeds, images] of each task.
 
     Returns:
-        p = (1 + draws at least as extreme) / (1 + draws), so never below 1 / (1 + resamples).
+        p in (0, 1], 1 when no image has a net gain.
     """
-    rng = np.random.default_rng(seed)
-    null, observed, largest = np.zeros(resamples), 0.0, 0.0
-    for difference in differences:
-        net = difference.sum(axis=0, dtype=int)
-        for magnitude, count in zip(*_magnitudes(net), strict=True):
-            # the sum of `count` fair signs is 2 * Binomial(count, 1/2) - count
-            null += magnitude / difference.size * (2 * rng.binomial(count, 0.5, size=resamples) - count)
-        observed += net.sum() / difference.size
-        largest += np.abs(net).sum() / difference.size
-    # the tolerance keeps draws that equal the observation but for round-off
-    extreme = np.abs(null) >= abs(observed) - 1e-10 * largest
-    return float((1 + extreme.sum()) / (1 + resamples))
-
-
-def seed_test(gains_by_seed: ArrayLike) -> float:
-    """Return the two-sided p-value of a one-sample t-test across seeds.
-
-    Question: would models trained from other seeds gain, on these images?
-
-    Args:
-        gains_by_seed: [seeds], in points.
-
-    Returns:
-        p, 1 when all gains are 0. NaN (undefined) with fewer than two seeds, and when all gains are equal but not 0:
-        no spread among a few seeds tells that accuracy is discrete, not that the gain is certain.
-    """
-    gains = np.asarray(gains_by_seed, dtype=float)
-    if len(gains) < 2:
-        return float("nan")
-    if not gains.any():
-        return 1.0
-    if np.ptp(gains) < 10.0**-_DECIMALS:
-        return float("nan")
-    return float(stats.ttest_1samp(gains, 0).pvalue)
+    nets = [np.round(difference.sum(axis=0, dtype=float), _DECIMALS) for difference in differences]
+    multiple = np.lcm.reduce([len(net) for net in nets])
+    if all((net == np.rint(net)).all() for net in nets) and multiple < 10**9:
+        whole = np.concatenate([net.astype(int) * int(multiple // len(net)) for net in nets])
+        whole //= max(np.gcd.reduce(whole), 1)
+        if np.abs(whole).sum() <= _LONGEST:
+            return _exact_p(whole)
+    return _saddlepoint_p(np.concatenate([net / len(net) for net in nets]))
 
 
 def task_test(gains_by_task: ArrayLike) -> float:
@@ -183,15 +296,15 @@ def task_test(gains_by_task: ArrayLike) -> float:
     # Flipping the signs of ranks is the signed-rank test. scipy's own is exact only without ties or up to 13 tasks;
     # ties share a rank that is whole or a half, hence the 2.
     ranks = 2 * stats.rankdata(np.abs(gains))
-    return _sign_flip_p((np.sign(gains) * ranks).astype(int))
+    return _exact_p((np.sign(gains) * ranks).astype(int))
 
 
-def _sign_flip_p(values: NDArray) -> float:
+def _exact_p(values: NDArray) -> float:
     """Return how likely integers [n] with random signs sum to something as far from 0 as they do, exactly."""
     total, observed = np.abs(values).sum(), abs(values.sum())
     # the distribution of the sum of the values that keep a plus sign, on the grid 0..total
     kept = np.ones(1)
-    for magnitude, count in zip(*_magnitudes(values), strict=True):
+    for magnitude, count in zip(*np.unique(np.abs(values[values != 0]), return_counts=True), strict=True):
         step = np.zeros(magnitude * count + 1)
         step[::magnitude] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
         kept = np.convolve(kept, step)  # not by FFT, which would lose small tails
@@ -201,12 +314,33 @@ def _sign_flip_p(values: NDArray) -> float:
     return float(np.clip(tail, np.finfo(float).tiny, 1))
 
 
-def _magnitudes(values: NDArray) -> tuple[NDArray, NDArray]:
-    """Return the distinct sizes of the integers that are not 0, and how often each occurs."""
-    return np.unique(np.abs(values[values != 0]), return_counts=True)
+def _saddlepoint_p(values: NDArray) -> float:
+    """Return about what :func:`_exact_p` does, for real numbers [n]."""
+    sizes = np.abs(values[values != 0])
+    observed = abs(values.sum())
+    if not len(sizes) or observed < 1e-6 * np.sqrt((sizes**2).sum()):
+        return 1.0
+    sizes, observed = sizes / sizes.max(), observed / sizes.max()
+
+    def excess(tilt: float) -> float:
+        return float((sizes * np.tanh(sizes * tilt)).sum()) - observed
+
+    highest = 1.0
+    while excess(highest) < 0 and highest < 1e6:
+        highest *= 2
+    if excess(highest) < 0:  # all on one side, but for round-off
+        return float(max(2.0 ** (1 - len(sizes)), np.finfo(float).tiny))
+    tilt = optimize.brentq(excess, 0, highest, xtol=1e-14)
+    # log cosh and 1 / cosh ** 2 without overflow
+    decay = np.exp(-2 * sizes * tilt)
+    generating = (sizes * tilt + np.log1p(decay) - np.log(2)).sum()
+    curvature = (sizes**2 * 4 * decay / (1 + decay) ** 2).sum()
+    w, u = np.sqrt(2 * max(tilt * observed - generating, 0.0)), tilt * np.sqrt(curvature)
+    tail = stats.norm.sf(w) + stats.norm.pdf(w) * (1 / u - 1 / w)
+    return float(np.clip(2 * tail, np.finfo(float).tiny, 1))
 
 
-# --- many tests ---------------------------------------------------------------------------------------------
+# --- many tests -------------------------------------------------------------------------------------------------------
 
 
 def holm(p_values: ArrayLike) -> NDArray:
@@ -224,3 +358,88 @@ def holm(p_values: ArrayLike) -> NDArray:
 def stars(p: float) -> str:
     """Return ``***`` for p < 0.001, ``**`` for p < 0.01, ``*`` for p < 0.05, and nothing above or for NaN."""
     return "*" * sum(p < level for level in (0.05, 0.01, 0.001))
+
+
+# --- sizes of errors, and what can be seen in spite of them -----------------------------------------------------------
+
+
+class Spreads(NamedTuple):
+    """Standard deviations of a gain, in points, by where they come from.
+
+    Attributes:
+        image: of an image, whatever the training. seed: of a training, on one task.
+        compensator: of what is learned once for all tasks; 0 where nothing is. NaN with one task, where it is in seed.
+        rest: of an image under a training. task: of a task; NaN with one.
+    """
+
+    image: float
+    seed: float
+    compensator: float
+    rest: float
+    task: float
+
+
+def spreads(tasks: Sequence[NDArray], trained: Sequence[Trained], weights: ArrayLike = (-1.0, 1.0)) -> Spreads:
+    """Estimate the standard deviations behind a weighted sum of conditions, from several seeds.
+
+    Args:
+        tasks, trained: as :meth:`Means.of` takes them. weights: of the conditions.
+    """
+    w, n_seeds = np.asarray(weights, dtype=float), tasks[0].shape[1]
+    parts = [_analysed(task, trained) for task in tasks]
+    rest = np.array([w @ remains @ w for _, remains in parts])
+    image = np.array([w @ between @ w for between, _ in parts]) - rest / n_seeds
+    sums = [  # of each group of trainings, [tasks, seeds]
+        np.stack([(w * [other == one for other in trained]) @ task.mean(axis=2) for task in tasks])
+        for one in dict.fromkeys(trained)
+    ]
+    covariance = (
+        sum(np.atleast_2d(np.cov(by_seed)) for by_seed in sums) if n_seeds > 1 else np.full((len(tasks),) * 2, np.nan)
+    )
+    shared = covariance[~np.eye(len(tasks), dtype=bool)].mean() if len(tasks) > 1 else 0.0
+    if not any(one.shared for one in trained):
+        shared = 0.0
+    seed = (
+        np.diag(covariance).mean() - shared - np.mean([r / task.shape[2] for r, task in zip(rest, tasks, strict=True)])
+    )
+    gains = np.array([w @ task.mean(axis=(1, 2)) for task in tasks])
+    errors = [Means.of([task], trained).contrast(w).error ** 2 for task in tasks]
+    task = gains.var(ddof=1) - np.mean(errors) if len(tasks) > 1 else np.nan
+    roots = np.sqrt(np.maximum([image.mean(), seed, shared, rest.mean(), task], 0.0))
+    lone = len(tasks) == 1 and any(one.shared for one in trained)
+    return Spreads(*roots)._replace(**({"compensator": np.nan} if lone else {}))
+
+
+_NODES = (np.arange(4_000) + 0.5) / 4_000
+
+
+def power(gain: float, contrast: Contrast, level: float = 0.05) -> float:
+    """Return how often a true gain is found by :meth:`Contrast.p` at ``level``, were the variances the true ones."""
+    estimated = contrast.trainings * stats.chi2.ppf(_NODES, contrast.training_df) / contrast.training_df
+    variance = estimated + contrast.images
+    t = stats.t.isf(level / 2, [contrast.training_df, contrast.image_df])
+    needed = (estimated * t[0] + contrast.images * t[1]) / np.sqrt(variance) / contrast.error
+    away = gain / contrast.error
+    return float((stats.norm.sf(needed - away) + stats.norm.sf(needed + away)).mean())
+
+
+def detectable(contrast: Contrast, level: float = 0.05, share: float = 0.8) -> float:
+    """Return the gain that is found in ``share`` of all studies whose errors have these variances; NaN if unknown."""
+    if not contrast.error > 0:
+        return np.nan
+    return float(optimize.brentq(lambda gain: power(gain, contrast, level) - share, 0, 1e4 * contrast.error + 1e-9))
+
+
+def planned(spread: Spreads, seeds: int, images: Sequence[int]) -> Contrast:
+    """Return the errors that a study will have: a gain of 0, with variances instead of their estimates.
+
+    Args:
+        spread: standard deviations. seeds: how many. images: test images of each task.
+    """
+    images = np.asarray(images)
+    share = np.full(len(images), 1 / len(images)) ** 2
+    of_images = float((share * spread.image**2 / images).sum())
+    own = float((share * (spread.seed**2 + spread.rest**2 / images)).sum()) / seeds
+    shared = spread.compensator**2 / seeds
+    df = (seeds - 1) * (1 if spread.compensator else len(images))
+    return Contrast(0.0, own + shared, df, of_images, float(sum(images) - len(images)), np.sqrt(seeds * (own + shared)))

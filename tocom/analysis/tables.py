@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 from tabulate import tabulate
 
+from tocom.analysis import compare
 from tocom.analysis.planned import VTAB, Scope, is_compensated, task_scopes, train_degrees
 from tocom.analysis.run import Pair, Run
-from tocom.analysis.scores import METRICS
 from tocom.analysis.stats import stars
 
 #: Optional columns of throughput.csv -> their heading and how their numbers are written.
@@ -26,6 +26,13 @@ TRAINING = {
 NOT_RUN, NOT_PLANNED, DECLINED = "not run", "–", "declined"
 #: What captions say of such a gain.
 DECLINED_NOTE = f"{DECLINED}: nothing was added, scale 0 was the best on the validation images of every seed and task."
+#: Marks the primary endpoint of a study.
+PRIMARY = "†"
+#: What a star means, in one sentence.
+STARS_CAPTION = (
+    "A star says that other trainings, evaluated on other images of these tasks, would differ in the same direction "
+    "(* p < 0.05, ** p < 0.01, *** p < 0.001, corrected for all gains that are shown here)."
+)
 #: What captions say of the average over VTAB-1k.
 VTAB_NOTE = f"{VTAB} is the mean of its tasks, 19 in all; other papers average the means of its three groups"
 
@@ -89,6 +96,7 @@ _ESCAPES = {character: f"\\{character}" for character in "&%#_${}"} | {
     "~": r"\textasciitilde{}",
     "–": "--",
     "Δ": r"$\Delta$",
+    "†": r"$\dagger$",
     "≥": r"$\ge$",
 }
 
@@ -114,11 +122,17 @@ def signed(value: float, digits: int = 1) -> str:
     return f"{round(value, digits) + 0.0:+.{digits}f}"
 
 
-def gain_text(row: pd.Series, declined: bool = False) -> str:
-    """Return a gain with its interval and the stars of its corrected p-value on images."""
-    if declined:
+def gain_text(pair: Pair, corrected: pd.Series) -> str:
+    """Return a gain that was tested with its interval and stars.
+
+    Args:
+        corrected: what :meth:`tocom.analysis.run.Run.corrected` returns for all that is shown with it.
+    """
+    row = pair.test
+    if pair.declined:
         return DECLINED
-    return f"{signed(row.gain)} [{signed(row.low)}, {signed(row.high)}]{stars(row.p_images_holm)}"
+    mark = PRIMARY if row.primary else ""
+    return f"{signed(row.gain)} [{signed(row.low)}, {signed(row.high)}]{stars(corrected[row.name])}{mark}"
 
 
 def p_text(p: float) -> str:
@@ -141,11 +155,11 @@ def score_text(
     return Text(f"{show(by_seed.mean())}{spread}{partly}", bold)
 
 
-def gain_cell(pair: Pair | None, with_p: bool = False) -> Text:
+def gain_cell(pair: Pair | None, corrected: pd.Series, with_p: bool = False) -> Text:
     """Return a gain with interval and stars if it was tested; a dash where nothing is to be compared.
 
     Args:
-        with_p: write the corrected p-value, too.
+        corrected: see :func:`gain_text`. with_p: write the corrected p-value, too.
     """
     if pair is None:
         return Text(NOT_PLANNED)
@@ -155,8 +169,8 @@ def gain_cell(pair: Pair | None, with_p: bool = False) -> Text:
         return Text(DECLINED)
     if pair.test is None:
         return Text(signed(pair.gain))
-    p = p_text(pair.test.p_images_holm)
-    return Text(gain_text(pair.test) + (f", p {p if p.startswith('<') else f'= {p}'}" if with_p else ""))
+    p = p_text(corrected[pair.test.name])
+    return Text(gain_text(pair, corrected) + (f", p {p if p.startswith('<') else f'= {p}'}" if with_p else ""))
 
 
 # --- what captions say ----------------------------------------------------------------------------------------------
@@ -164,9 +178,13 @@ def gain_cell(pair: Pair | None, with_p: bool = False) -> Text:
 
 def gain_caption(run: Run) -> str:
     """Return what the captions of all tables with gains say of them."""
+    if len(run.study.seeds) < 2:
+        return (
+            "Gain: points, with its 95 % interval over other test images alone: one training cannot speak for others."
+        )
     return (
-        "Gain: points with a 95 % bootstrap interval over images and seeds; * p < 0.05, ** p < 0.01, *** p < 0.001, "
-        f"{METRICS[run.study.metric].image_test_name}, Holm-corrected."
+        f"Gain: points, with its 95 % interval. {STARS_CAPTION} {PRIMARY}: the primary endpoint, tested first; all "
+        "others are exploratory, and count only where it does."
     )
 
 
@@ -179,20 +197,25 @@ def learning_note(run: Run, backbones: Sequence[str], methods: Iterable[str]) ->
     """Return a warning to start a caption with, of each learned compensator that leaves the held-out loss no lower."""
     notes = {}
     for name, method in product(backbones, methods):
-        if learned_in_vain(run, name, method):
-            kl, without = (run.learned(name, method)[key] for key in ("held_out_kl", "held_out_kl_without"))
-            notes[run.learned_file(name, method)] = (
-                f"WARNING: learning {run.title(method)} on {name} gained nothing: its loss on held-out images is"
-                f" {kl:.4g}, and {without:.4g} without it; give it more images or epochs, or another learning rate. "
+        for seed in learned_in_vain(run, name, method):
+            kl, without = (run.learned(name, method, seed)[key] for key in ("held_out_kl", "held_out_kl_without"))
+            notes[run.learned_file(name, method, seed)] = (
+                f"WARNING: learning {run.title(method)} on {name} with seed {seed} gained nothing: its loss on held-out"
+                f" images is {kl:.4g}, and {without:.4g} without it; give it more images or epochs, or another learning"
+                " rate. "
             )
     return "".join(notes.values())
 
 
-def learned_in_vain(run: Run, backbone: str, method: str) -> bool:
-    """Return whether the held-out loss with a method's learned compensator is no lower than without it."""
-    found = run.learned(backbone, method)
-    kl, without = found.get("held_out_kl"), found.get("held_out_kl_without")
-    return kl is not None and without is not None and kl >= without
+def learned_in_vain(run: Run, backbone: str, method: str) -> list[int]:
+    """Return the seeds with whose compensators of a method the held-out loss is no lower than without them."""
+
+    def is_so(seed: int) -> bool:
+        found = run.learned(backbone, method, seed)
+        kl, without = found.get("held_out_kl"), found.get("held_out_kl_without")
+        return kl is not None and without is not None and kl >= without
+
+    return list(filter(is_so, run.study.seeds))
 
 
 def averages(scope: Scope, seeds: int) -> str:
@@ -214,14 +237,15 @@ def degree_table(run: Run, scope: Scope, backbones: Sequence[str], title: str, l
     Args:
         backbones: one, or several that the first column names.
     """
-    rows, rules = [], []
+    rows, rules, corrected = [], [], run.corrected(backbones, [scope])
     for backbone in backbones:
-        block, inner = _degree_rows(run, scope, backbone, f"{backbone}, " if len(backbones) > 1 else "")
+        block, inner = _degree_rows(run, scope, backbone, f"{backbone}, " if len(backbones) > 1 else "", corrected)
         rules += [len(rows) + number for number in inner if len(rows) + number]
         rows += block
     caption = (
         f"Test {run.study.metric} in % at each inference degree, {averages(scope, len(run.study.seeds))}. Bold: the "
-        f"best of the lines of one model. {gain_caption(run)} matched: trained at the degree it runs at, the ceiling."
+        "best of the lines of one model, where the intervals of the gains between them leave 0 out. "
+        f"{gain_caption(run)} matched: trained at the degree it runs at, the ceiling."
     )
     if any(" published" in row[1].text for row in rows):
         caption += " published: arXiv 2408.06798, not made here."
@@ -247,13 +271,13 @@ def _degree_heading(run: Run, scope: Scope, backbones: Sequence[str], infer: int
     return f"{infer} ({costs.pop()} GFLOPs)" if len(costs) == 1 else str(infer)
 
 
-def _degree_rows(run: Run, scope: Scope, backbone: str, prefix: str) -> Block:
+def _degree_rows(run: Run, scope: Scope, backbone: str, prefix: str, corrected: pd.Series) -> Block:
     """Return the lines of each family of methods at each fixed train degree, and one line of each that has none."""
     study, rows, rules = run.study, [], []
     for family in run.by_degree():
         for train in train_degrees(study, family[0]):
             rules.append(len(rows))
-            rows += _lines(run, scope, backbone, family, train, prefix)
+            rows += _lines(run, scope, backbone, family, train, prefix, corrected)
         rules.append(len(rows))
         matched = _line(run, scope, backbone, family[0], [str(infer) for infer in run.infer_degrees])
         rows.append([Text(f"{prefix}matched"), Text(run.title(family[0])), *matched])
@@ -277,14 +301,15 @@ def _line(run: Run, scope: Scope, backbone: str, method: str, trains: Sequence[s
     ]
 
 
-def _lines(run: Run, scope: Scope, backbone: str, family: Sequence[str], train: str, prefix: str) -> list[list[Text]]:
+def _lines(
+    run: Run, scope: Scope, backbone: str, family: Sequence[str], train: str, prefix: str, corrected: pd.Series
+) -> list[list[Text]]:
     """Return the line of every method that shares a checkpoint, each with its gains over others below it."""
     lines = {method: _line(run, scope, backbone, method, [train] * len(run.infer_degrees)) for method in family}
     for column, infer in enumerate(run.infer_degrees):
-        found = {m: run.score(backbone, m, scope, train, infer).mean() for m in family}
-        best = max(found, key=lambda m: -np.inf if np.isnan(found[m]) else found[m])
-        if len(family) > 1 and all(found[best] > value for m, value in found.items() if m != best):
-            lines[best][column] = Text(lines[best][column].text, True)
+        for method in family:
+            if _is_best(run, scope, backbone, family, method, (train, infer)):
+                lines[method][column] = Text(lines[method][column].text, True)
     rows = []
     for method, line in lines.items():
         rows.append([Text("" if rows else f"{prefix}{train}"), Text(run.title(method)), *line])
@@ -293,9 +318,23 @@ def _lines(run: Run, scope: Scope, backbone: str, family: Sequence[str], train: 
             if after == method:
                 pairs = run.pairs(backbone, (before, after), scope)
                 over = "" if before == family[0] else f" over {run.title(before)}"
-                gains = [gain_cell(pairs.get((train, infer))) for infer in run.infer_degrees]
+                gains = [gain_cell(pairs.get((train, infer)), corrected) for infer in run.infer_degrees]
                 rows.append([Text(""), Text(f"gain{over}"), *gains])
     return rows
+
+
+def _is_best(
+    run: Run, scope: Scope, backbone: str, family: Sequence[str], method: str, degrees: tuple[str, int]
+) -> bool:
+    """Return whether a method is ahead of the others of a family by gains whose intervals leave 0 out."""
+    found = {
+        pair: run.pairs(backbone, pair, scope).get(degrees) for pair in run.study.compare if set(pair) <= set(family)
+    }
+    mine = {pair: one for pair, one in found.items() if method in pair}
+    tested = mine and all(one is not None and one.test is not None for one in mine.values())
+    ahead = tested and all(one.test.low > 0 if method == pair[1] else one.test.high < 0 for pair, one in mine.items())
+    scores = {m: run.score(backbone, m, scope, *degrees).mean() for m in family}
+    return bool(ahead) and all(scores[method] > score for m, score in scores.items() if m != method)
 
 
 def _published_lines(run: Run, scope: Scope, backbone: str, method: str, train: str) -> list[list[Text]]:
@@ -315,43 +354,75 @@ def _published_lines(run: Run, scope: Scope, backbone: str, method: str, train: 
 
 def significance_table(run: Run, backbone: str) -> Table:
     """Return every comparison on one backbone at its largest mismatch, with all tests."""
-    mine = run.significance[run.significance.backbone == backbone]
-    mismatch = (pd.to_numeric(mine.train_degree, errors="coerce").astype(float) - mine.infer_degree.astype(float)).abs()
-    largest = mismatch.groupby([mine.before, mine.after]).transform("max")
-    scopes = {(scope.name, scope.is_group): scope for scope in run.scopes + task_scopes(run.study.groups)}
+    scopes = run.scopes + task_scopes(run.study.groups)
+    found = {
+        (compared, scope): _most_mismatched(run.pairs(backbone, compared, scope).values())
+        for scope, compared in product(scopes, run.study.compare)
+    }
+    shown = [(compared, scope, pair) for (compared, scope), pairs in found.items() for pair in pairs]
+    corrected = compare.corrected(run.significance.loc[[pair.test.name for *_, pair in shown]])
+    rows = [
+        [
+            Text(f"{run.title(after)} over {run.title(before)}"),
+            Text(f"{scope.name}, {pair.degrees}"),
+            Text(gain_text(pair, corrected)),
+            Text(p_text(corrected[pair.test.name])),
+            *[Text(p_text(pair.test[name])) for name in ("p", "p_images", "p_seeds", "p_tasks")],
+            Text(_share_text(pair.test)),
+        ]
+        for (before, after), scope, pair in shown
+    ]
+    caption = (
+        f"The largest mismatch of each pair. {gain_caption(run)} p: of the stars, and before it is corrected. The "
+        "others, not corrected, each take something as given: p (images) these trained models (paired sign-flip test), "
+        "p (seeds) these images (t-test), p (tasks) both (Wilcoxon signed-rank test; with n tasks it cannot fall below "
+        "2^(1−n)). Gap closed: share of the distance from the second of the two methods to the same method trained at "
+        "the degree that it runs at, with Fieller's 95 % interval; – where that distance cannot be told from 0."
+    )
+    caption += declined_note(rows)
+    header = ["comparison", "tasks and degrees", "gain", "p corrected", "p", "p (images)", "p (seeds)", "p (tasks)"]
+    header += ["gap closed"]
+    rows = rows or [[Text(NOT_RUN)] * len(header)]
+    return Table(f"Tests at the largest mismatch ({backbone})", caption, header, rows, f"{backbone}-significance")
 
-    def is_declined(row: pd.Series) -> bool:
-        scope = scopes.get((row.scope, row.group))  # None of a task that the study no longer has
-        pair = scope and run.pairs(backbone, (row.before, row.after), scope).get((row.train_degree, row.infer_degree))
-        return bool(pair and pair.declined)
 
+def harm_table(run: Run, backbone: str) -> Table:
+    """Return what compensators cost where they are not needed, against the margin that the study states."""
+    mine, limits = run.harm[run.harm.backbone == backbone], run.study.analysis
     rows = [
         [
             Text(f"{run.title(row.after)} over {run.title(row.before)}"),
-            Text(f"{row.scope}, {row.train_degree} → {row.infer_degree}"),
-            Text(gain_text(row, is_declined(row))),
-            *[Text(p_text(getattr(row, f"p_{unit}_holm"))) for unit in ("images", "seeds", "tasks")],
-            Text(_share_text(row)),
+            Text(row.scope),
+            Text(str(row.n_conditions)),
+            Text(f"{signed(row.cost, 2)} [{signed(row.low, 2)}, {signed(row.high, 2)}]"),
+            Text(p_text(row.p)),
         ]
-        for _, row in mine[(mismatch == largest) | mismatch.isna()].iterrows()
+        for _, row in mine.iterrows()
     ]
     caption = (
-        "Holm-corrected p-values at the largest mismatch, by what is taken as the unit: images "
-        f"({METRICS[run.study.metric].image_test_name}), seeds (t-test), tasks (Wilcoxon signed-rank test; with n "
-        "tasks it cannot fall below 2^(1−n)). Gap closed: share of the distance from the second of the two methods to "
-        "the same method trained at the degree that it runs at, with a 95 % interval."
+        f"What a compensator costs where a mismatch costs less than {limits.harmless:g} points: mean over conditions "
+        "(task, train and inference degree), with its 95 % interval over other trainings and other images. p: of the "
+        f"cost being {limits.margin:g} points or more (one-sided test of non-inferiority, corrected for nothing), "
+        "small where it is surely less. Conditions are chosen on the test images by the score of the model without "
+        "compensator, whose luck there counts against the compensator. –: nothing varies, or one seed."
     )
-    caption += declined_note(rows)
-    header = ["comparison", "tasks and degrees", "gain", "p (images)", "p (seeds)", "p (tasks)", "gap closed"]
+    header = ["comparison", "tasks", "conditions", "cost", f"p (cost ≥ {limits.margin:g})"]
     rows = rows or [[Text(NOT_RUN)] * len(header)]
-    return Table(f"Tests at the largest mismatch ({backbone})", caption, header, rows, f"{backbone}-significance")
+    return Table(f"Cost where nothing is to be compensated ({backbone})", caption, header, rows, f"{backbone}-harm")
+
+
+def _most_mismatched(pairs: Iterable[Pair]) -> list[Pair]:
+    """Return the pairs that were tested at the largest distance between degrees; all, where one has no number."""
+    tested = [pair for pair in pairs if pair.is_run and pair.test is not None]
+    distances = [abs(int(pair.train) - pair.infer) if pair.train.isdigit() else None for pair in tested]
+    largest = max((distance for distance in distances if distance is not None), default=None)
+    return [pair for pair, distance in zip(tested, distances, strict=True) if distance in (None, largest)]
 
 
 def _share_text(row: pd.Series) -> str:
     if np.isnan(row.gap_closed):
         return "–"
-    interval = "" if np.isnan(row.gap_low) else f" [{100 * row.gap_low:.0f}, {100 * row.gap_high:.0f}]"
-    return f"{100 * row.gap_closed:.0f} %{interval}"
+    return f"{100 * row.gap_closed:.0f} % [{100 * row.gap_low:.0f}, {100 * row.gap_high:.0f}]"
 
 
 def throughput_table(run: Run, backbone: str) -> Table:

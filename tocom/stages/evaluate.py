@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
 from tocom.errors import TocomError
-from tocom.files import save_arrays
+from tocom.files import Paths, listed, save_arrays
 from tocom.jobs import EvaluatedMethod, EvaluateJob
 from tocom.models import compress, load_model, pick_device
-from tocom.parts import Compensator, kind_of, load_part, source_degree
+from tocom.parts import Compensator, file_of_seed, kind_of, load_part, source_degree
 from tocom.settings import PLAIN, EvaluateSettings
-from tocom.tasks import Task, load_task
+from tocom.tasks import Task, Validated, load_task
 from tocom.training import bar, make_deterministic
 from tocom.vit import CompressedViT, gflops
 
@@ -27,7 +29,7 @@ Record = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A method, how it is evaluated, and its compensator if it has one."""
+    """A method, how it is evaluated, and the compensator that it adds to a checkpoint, if it adds one."""
 
     name: str
     how: EvaluatedMethod
@@ -36,34 +38,38 @@ class Evaluated:
 
 def evaluate(
     job: EvaluateJob,
-    checkpoints: Sequence[str | os.PathLike] | str | os.PathLike,
+    checkpoints: Paths,
     data: str | os.PathLike,
-    compensators: Mapping[str, str | os.PathLike],
+    compensators: Mapping[str, Paths],
     output: str | os.PathLike,
 ) -> list[dict[str, Any]]:
     """Evaluate all cells of some checkpoints of one task and keep what was predicted for every test image.
 
     Args:
         checkpoints: files, or a folder of them. data: the prepared task.
-        compensators: method -> file, for the job's methods that add one.
+        compensators: method -> file, for the job's methods that add one; or files, of which a model gets the one that
+            was learned with its seed.
         output: a file with what is predicted, arrays [cells, images, ...], and the cells in its metadata.
 
     Returns:
-        The cells: method, compressor, train_degree, seed, infer_degree, compensated, compensator, scale (chosen on
-        validation images; 0: declined), gflops.
+        The cells: method, compressor, train_degree, seed, infer_degree, compensated, compensator, compensator_seed
+        (that it was learned with, where its file says so), scale (chosen on validation images; 0: declined), gflops.
 
     Raises:
-        TocomError: an input is missing, corrupt or of another task, or a degree is out of range.
+        TocomError: an input is missing, corrupt, of another task or of no seed that is needed, or a degree is out of
+            range.
     """
     make_deterministic(job.settings.threads)
     task = load_task(data, pick_device(job.settings.device))
-    methods = [_method(name, how, compensators) for name, how in job.methods.items()]
+    for name, how in job.methods.items():
+        if how.compensated and name not in compensators:
+            raise TocomError(f"method {name!r} adds a compensator; name its file (--compensator {name}=FILE)")
     files = _files(checkpoints)
     cells, records = [], []
-    total = len(files) * sum(len(method.how.infer_degrees) for method in methods)
+    total = len(files) * sum(len(how.infer_degrees) for how in job.methods.values())
     with bar(None, f"evaluate {task.name}", total=total) as progress:
         for path in files:
-            for cell, record in evaluate_checkpoint(path, task, methods, job.settings, progress):
+            for cell, record in evaluate_checkpoint(path, task, job, compensators, progress):
                 cells.append(cell)
                 records.append(record)
     arrays = {name: np.stack([record[name] for record in records]) for name in records[0]}
@@ -72,39 +78,39 @@ def evaluate(
     return cells
 
 
-def _method(name: str, how: EvaluatedMethod, files: Mapping[str, str | os.PathLike]) -> Evaluated:
-    if how.compensated and name not in files:
-        raise TocomError(f"method {name!r} adds a compensator; name its file (--compensator {name}=FILE)")
-    return Evaluated(name, how, load_part(files[name], "compensator") if how.compensated else None)
+def _method(name: str, how: EvaluatedMethod, compensators: Mapping[str, Paths], seed: int) -> Evaluated:
+    file = file_of_seed(compensators[name], seed) if how.compensated else None
+    return Evaluated(name, how, None if file is None else load_part(file, "compensator"))
 
 
-def _files(checkpoints: Sequence[str | os.PathLike] | str | os.PathLike) -> list[Path]:
+def _files(checkpoints: Paths) -> list[Path]:
     """Return the checkpoints in a folder, by name, or those that were named."""
-    if not isinstance(checkpoints, str | os.PathLike):
-        return [Path(path) for path in checkpoints]
-    folder = Path(checkpoints)
-    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else [folder]
+    if not isinstance(checkpoints, str | os.PathLike) or not Path(checkpoints).is_dir():
+        return listed(checkpoints)
+    files = sorted(Path(checkpoints).glob("*.safetensors"))
     if not files:
-        raise TocomError(f"{folder} holds no checkpoints; fine-tune some first (`tocom finetune`)")
+        raise TocomError(f"{checkpoints} holds no checkpoints; fine-tune some first (`tocom finetune`)")
     return files
 
 
 def evaluate_checkpoint(
     checkpoint: str | os.PathLike,
     task: Task,
-    methods: Sequence[Evaluated],
-    settings: EvaluateSettings,
+    job: EvaluateJob,
+    compensators: Mapping[str, Paths],
     progress: tqdm,
 ) -> list[tuple[dict[str, Any], Record]]:
     """Return the cells of a checkpoint with what is predicted in each; plain methods come first.
 
     A model that was trained at no one degree has no compensated cells.
     """
+    settings = job.settings
     model, meta = load_model(checkpoint)
     if meta.get("task") != task.name:
         raise TocomError(
             f"{checkpoint} was fine-tuned for {meta.get('task')!r}, not for {task.name!r}; check the paths"
         )
+    methods = [_method(name, how, compensators, meta["seed"]) for name, how in job.methods.items()]
     for method in methods:
         if method.compensator is not None:
             check_compensator(checkpoint, meta, model, method.compensator)
@@ -124,11 +130,12 @@ def evaluate_checkpoint(
         added = method.compensator
         cell = {"method": method.name, **run, "infer_degree": vit.degree, "compensated": added is not None}
         cell |= {"compensator": PLAIN if added is None else kind_of(type(added)).rpartition(":")[2]}
+        cell |= {"compensator_seed": None if added is None else added.metadata.get("seed")}
         cells.append((cell | {"scale": scale, "gflops": round(gflops(vit), 6)}, predicted))
         progress.update()
         return predicted
 
-    def figures() -> tuple[float, float]:
+    def validate() -> Validated:
         return task.validate(module, settings.batch_size, settings.precision)
 
     for method in methods:
@@ -143,30 +150,53 @@ def evaluate_checkpoint(
             scales = [scale * method.compensator.trained_scale for scale in method.how.scales or settings.scales]
             for degree in method.how.infer_degrees:
                 vit.set_degree(degree)  # at the train degree there is nothing to compensate
-                scale = 0.0 if degree == source else choose_scale(vit, scales, figures, settings)
+                scale = 0.0 if degree == source else choose_scale(vit, scales, validate, settings)
                 vit.set_degree(degree, scale)
                 record(method, scale, known=None if scale else plain.get(degree))
     return cells
 
 
 def choose_scale(
-    vit: CompressedViT, scales: Sequence[float], figures: Callable[[], tuple[float, float]], settings: EvaluateSettings
+    vit: CompressedViT, scales: Sequence[float], validate: Callable[[], Validated], settings: EvaluateSettings
 ) -> float:
-    """Return the scale with the best validation figure at the model's present degree; ties go to the smaller.
+    """Return the scale that validation images speak for at the model's present degree; see :func:`chosen`.
 
     Args:
-        figures: returns the score of the model as it is on the validation images, and minus its loss.
+        validate: returns what the model as it is makes of the validation images.
     """
     if len(scales) == 1:
         return scales[0]
-    degree = vit.degree
+    degree, found = vit.degree, {}
+    for scale in sorted(scales):
+        vit.set_degree(degree, scale)
+        found[scale] = validate()
+    return chosen(found, settings.select_by, settings.decline_within)
+
+
+def chosen(found: Mapping[float, Validated], select_by: str, decline_within: float) -> float:
+    """Return the scale with the best validation figure, or 0 if that is among them and the best is not clearly better.
+
+    Args:
+        found: scale -> what validation images say of the model with it.
+        select_by: "score" (ties go to the lower loss, then to the smaller scale) or "loss".
+        decline_within: the best figure is clearly better if it is above that of 0 by more than so many standard errors
+            of their difference; 0: it always is.
+    """
 
     def rank(scale: float) -> tuple[float, ...]:
-        vit.set_degree(degree, scale)
-        score, loss = figures()
-        return (score, loss) if settings.select_by == "score" else (loss,)
+        return found[scale][:2] if select_by == "score" else (found[scale].loss,)
 
-    return max(sorted(scales), key=rank)  # the first of equals
+    best = max(sorted(found), key=rank)  # the first of equals
+    if best == 0 or 0 not in found or decline_within == 0:
+        return best
+    gains = found[best].by_image[select_by] - found[0].by_image[select_by]
+    return best if is_beyond(gains, decline_within) else 0.0
+
+
+def is_beyond(gains: NDArray, standard_errors: float) -> bool:
+    """Return whether the mean of paired differences [images] is more than so many standard errors above 0."""
+    n = len(gains)
+    return n > 1 and float(gains.mean()) > standard_errors * float(gains.std(ddof=1)) / sqrt(n)
 
 
 def check_compensator(checkpoint: str | os.PathLike, meta: dict, model: nn.Module, compensator: Compensator) -> None:

@@ -11,10 +11,20 @@ from torch import nn
 from tocom import distributed
 from tocom.bundled import resolve
 from tocom.errors import TocomError
-from tocom.files import sha256, write_rows
+from tocom.files import Paths, sha256, write_rows
 from tocom.jobs import FinetuneJob
 from tocom.models import compress, load_fine_tuned, pick_device, save_model
-from tocom.parts import Compressor, Shape, Tuning, describe, described, load_part, make_part, source_degree
+from tocom.parts import (
+    Compressor,
+    Shape,
+    Tuning,
+    describe,
+    described,
+    file_of_seed,
+    load_part,
+    make_part,
+    source_degree,
+)
 from tocom.seeds import derive_seed
 from tocom.study import Checkpoint
 from tocom.tasks import Task, load_task
@@ -31,7 +41,7 @@ def finetune(
     backbone: str | os.PathLike,
     data: str | os.PathLike,
     output: str | os.PathLike,
-    learned: str | os.PathLike | None = None,
+    learned: Paths | None = None,
     workers: int = 0,
 ) -> list[dict]:
     """Fine-tune a backbone at every train degree and seed of a job, and write the best epoch of each as a checkpoint.
@@ -43,15 +53,16 @@ def finetune(
         backbone: a bundled name or a checkpoint. data: a prepared task.
         output: folder of the checkpoints, ``train-DEGREE_seed-SEED.safetensors`` each, beside the curve of its
             training as CSV.
-        learned: the compressor's parameters, if it is one that is learned on the backbone.
+        learned: the compressor's parameters, if it is one that is learned on the backbone; of several files, a model
+            starts from the one that was learned with its seed.
         workers: processes that decode and augment images; they change no result.
 
     Returns:
         What is stored with each checkpoint.
 
     Raises:
-        TocomError: an input is missing or corrupt, a degree is out of range, the loss turns NaN, or an operation's
-            results vary from run to run and ``deterministic`` is set.
+        TocomError: an input is missing, corrupt or of no seed that is needed, a degree is out of range, the loss turns
+            NaN, or an operation's results vary from run to run and ``deterministic`` is set.
     """
     tuning = make_part("tuning", job.tuning, max_degree=job.max_degree)
     _check(job, tuning)
@@ -97,10 +108,15 @@ class _Run:
         """Return the path beside which an interrupted training keeps its state: not in a folder that is made anew."""
         return self.output.with_name(f"{self.output.name}.{checkpoint.file}")
 
-    def compressor(self, model: nn.Module) -> Compressor:
-        """Return the job's compressor."""
-        if self.learned is not None:
-            return load_part(self.learned, "compressor")
+    def learned_with(self, seed: int) -> Path | None:
+        """Return the file of the compressor's parameters for models of a seed, if it is one that is learned."""
+        return file_of_seed(self.learned, seed) if self.learned else None
+
+    def compressor(self, model: nn.Module, seed: int) -> Compressor:
+        """Return the job's compressor for models of a seed."""
+        file = self.learned_with(seed)
+        if file is not None:
+            return load_part(file, "compressor")
         return make_part("compressor", self.job.compressor, Shape.of(model), self.job.max_degree)
 
     def write(self, checkpoint: Checkpoint) -> dict:
@@ -139,14 +155,14 @@ class _Run:
         run_seed = derive_seed(seed, task.name, label)
         torch.manual_seed(derive_seed(run_seed, "initial weights"))
         tuning.prepare(model)
-        vit = compress(model, about, self.compressor(model), source_degree(label) or 0).to(task.device)
+        vit = compress(model, about, self.compressor(model, seed), source_degree(label) or 0).to(task.device)
         module = task.module(vit, settings)
 
         def score() -> tuple[float, float]:
             results, trained_at = [], vit.degree
             for degree in tuning.score_degrees(label):
                 vit.set_degree(degree)
-                results.append(task.validate(module, SCORE_BATCH, settings.precision, self.workers))
+                results.append(task.validate(module, SCORE_BATCH, settings.precision, self.workers)[:2])
             vit.set_degree(trained_at)  # for tunings that leave it as it is
             return tuple(sum(values) / len(values) for values in zip(*results, strict=True))
 
@@ -163,7 +179,7 @@ class _Run:
             run_seed,
             score,
             f"finetune {task.name} degree {label} seed {seed}",
-            self.identity(vit),
+            self.identity(vit, seed),
             resume_path(self.state(checkpoint)),
             lambda: tuning.begin(vit),
             loader,
@@ -173,13 +189,14 @@ class _Run:
         kept = {"best_epoch": record["best_epoch"], "val_score": record["score"][0], "epochs": record["epochs"]}
         return module, vit, about, kept | {"tuning": describe(tuning)}
 
-    def identity(self, vit: CompressedViT) -> dict:
+    def identity(self, vit: CompressedViT, seed: int) -> dict:
         """Return what names all inputs of a training."""
+        learned = self.learned_with(seed)
         return {
             "backbone": sha256(resolve(self.backbone)),  # its metadata, too, decide how it is run
             "data": sha256(self.data),
             "compressor": describe(vit.compressor),
-            "learned": None if self.learned is None else sha256(self.learned),
+            "learned": None if learned is None else sha256(learned),
             "tuning": describe(self.tuning),
             "max_degree": self.job.max_degree,
         }
@@ -194,8 +211,8 @@ class _Run:
         compressor = described("compressor", self.job.compressor)
         model, about = load_fine_tuned(given, self.backbone, task.classes, label, compressor)
         task.check(model)
-        vit = compress(model, about, self.compressor(model), degree).to(task.device)
+        vit = compress(model, about, self.compressor(model, checkpoint.seed), degree).to(task.device)
         module = task.restore(vit, about)
-        score, _ = task.validate(module, SCORE_BATCH, self.settings.precision)
+        score = task.validate(module, SCORE_BATCH, self.settings.precision).score
         record = {"best_epoch": 0, "val_score": score, "fine_tuned": about["fine_tuned"]}
         return module, vit, about, record | ({"tuning": about["tuning"]} if "tuning" in about else {})

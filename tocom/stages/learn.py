@@ -1,4 +1,4 @@
-"""Learn a part of a method (a compensator, a compressor) once for a backbone, on its pre-training images."""
+"""Learn a part of a method (a compensator, a compressor) for a backbone, on its pre-training images."""
 
 from __future__ import annotations
 
@@ -68,7 +68,12 @@ def _identity(images: Tensor | list[Path], held_out: Tensor) -> str:
 
 
 def _training_step(
-    objective: Objective, model: nn.Module, images: Tensor | list[Path], settings: LearnSettings, workers: int
+    objective: Objective,
+    model: nn.Module,
+    images: Tensor | list[Path],
+    settings: LearnSettings,
+    seed: int,
+    workers: int,
 ) -> tuple[Callable, Callable | None]:
     """Return the loss of a micro-batch, and what feeds it images; without augmentation by timm, indices are enough."""
     device = next(model.parameters()).device
@@ -89,7 +94,7 @@ def _training_step(
 
     check_pairs(settings)
     if settings.augmentation == "timm":
-        data = TrainImages(images, torch.zeros(len(images)), train_transform(model, settings), settings.seed)
+        data = TrainImages(images, torch.zeros(len(images)), train_transform(model, settings), seed)
         return from_loader, feed(data, workers, pin=device.type == "cuda")
     return from_memory, None
 
@@ -109,11 +114,11 @@ def learn(
     Args:
         backbone: a bundled name or a checkpoint.
         output: the part to write; the curve of its training goes beside it, with the ending .csv.
-        learned: of a compensator: the compressor's parameters, if it is one that is learned itself.
+        learned: of a compensator: the compressor's parameters, if it is one that is learned itself, with this seed.
         workers: processes that decode and augment images; they change no result.
 
     Returns:
-        What is stored with the part: hashes, recipe, held-out loss with and without it (nats).
+        What is stored with the part: hashes, seed, recipe, held-out loss with and without it (nats).
 
     Raises:
         TocomError: an input is missing or corrupt, the backbone has no classifier, the loss turns NaN, or an
@@ -127,7 +132,7 @@ def learn(
         check_classifier(teacher, backbone)
         student, _ = load_model(backbone, drop_path_rate=settings.drop_path)
         shape = Shape.of(teacher)
-        torch.manual_seed(derive_seed(settings.seed, "compensator"))
+        torch.manual_seed(derive_seed(job.seed, "compensator"))
         if learned is None:
             compressor = make_part("compressor", job.compressor, shape, job.max_degree)
         else:
@@ -154,6 +159,7 @@ def learn(
             "proportional_attention": about.get("proportional_attention", True),
             "mean": list(teacher.pretrained_cfg["mean"]),
             "std": list(teacher.pretrained_cfg["std"]),
+            "seed": job.seed,
             "recipe": settings.recipe(),
         }
         if distributed.is_main():
@@ -179,7 +185,7 @@ def _train(
     """Train a part; return its best epoch and the held-out loss before and after."""
     settings, device = job.settings, next(model.parameters()).device
     held_out = held_out.to(device)
-    generator = torch.Generator().manual_seed(derive_seed(settings.seed, "held-out pairs"))
+    generator = torch.Generator().manual_seed(derive_seed(job.seed, "held-out pairs"))
     trials = [objective.draw(generator) for _ in range(settings.pairs)]
     chunks = held_out.split(-(-len(held_out) // len(trials)))  # a part of the images for every trial
 
@@ -192,15 +198,15 @@ def _train(
         return (-float(torch.stack(distributed.gather(losses)).mean()),)
 
     before = -score()[0]
-    step, loader = _training_step(objective, model, images, settings, workers)
+    step, loader = _training_step(objective, model, images, settings, job.seed, workers)
     record = fit(
         step,
         objective,
         len(images),
         settings,
-        settings.seed,
+        job.seed,
         score,
-        f"learn {describe(part)['kind']} seed {settings.seed}",
+        f"learn {describe(part)['kind']} seed {job.seed}",
         identity,
         resume_path(output),
         lambda: objective.set(objective.draw()),

@@ -7,11 +7,11 @@ import os
 import torch
 
 from tocom.data.registry import read
-from tocom.tasks.base import Task
+from tocom.tasks.base import Task, Validated
 from tocom.tasks.classify import Classification
 from tocom.tasks.segment import Segmentation
 
-__all__ = ["KINDS", "Task", "load_task"]
+__all__ = ["KINDS", "Task", "Validated", "load_task"]
 
 KINDS: dict[str, type[Task]] = {kind.kind: kind for kind in (Classification, Segmentation)}
 

@@ -6,10 +6,11 @@ import abc
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from tocom.errors import TocomError
@@ -18,6 +19,19 @@ from tocom.vit import CompressedViT
 
 #: Splits of more bytes than that stay in main memory, and go to a GPU batch by batch.
 RESIDENT_BYTES = 4 * 2**30
+
+
+class Validated(NamedTuple):
+    """How well a model does on the validation images; larger is better.
+
+    Attributes:
+        score, loss: the score, and minus the loss (nats).
+        by_image: "score" and "loss" -> values [images] whose mean it is; if it is no mean over images, linearised.
+    """
+
+    score: float
+    loss: float
+    by_image: dict[str, NDArray]
 
 
 class Task(abc.ABC):
@@ -67,8 +81,8 @@ class Task(abc.ABC):
         """Return the loss of a micro-batch, and what feeds it (None: the indices of its images are enough)."""
 
     @abc.abstractmethod
-    def validate(self, module: nn.Module, batch_size: int, precision: str, workers: int = 0) -> tuple[float, float]:
-        """Return the score on the validation images and minus their loss; larger is better."""
+    def validate(self, module: nn.Module, batch_size: int, precision: str, workers: int = 0) -> Validated:
+        """Return the score on the validation images and minus their loss."""
 
     @abc.abstractmethod
     def test(self, module: nn.Module, batch_size: int, precision: str) -> dict[str, np.ndarray]:

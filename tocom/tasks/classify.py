@@ -19,7 +19,7 @@ from tocom.data.registry import unpack_paths
 from tocom.errors import TocomError
 from tocom.models import load_model
 from tocom.settings import FinetuneSettings
-from tocom.tasks.base import RESIDENT_BYTES, Task, check_shape
+from tocom.tasks.base import RESIDENT_BYTES, Task, Validated, check_shape
 from tocom.training import autocast, check_pairs, compiled, normalise, random_shift
 from tocom.vit import CompressedViT
 
@@ -96,7 +96,7 @@ class Classification(Task):
             )
         return from_memory, None
 
-    def validate(self, module: nn.Module, batch_size: int, precision: str, workers: int = 0) -> tuple[float, float]:
+    def validate(self, module: nn.Module, batch_size: int, precision: str, workers: int = 0) -> Validated:
         """Return the accuracy on the validation images and minus their cross-entropy (nats)."""
         return scored(predict(module, self.val_split.images, batch_size, precision), self.val_split.labels)
 
@@ -123,8 +123,9 @@ def predict(vit: CompressedViT, images: Tensor, batch_size: int, precision: str 
     return torch.cat(distributed.gather(logits))
 
 
-def scored(logits: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Return the accuracy and minus the cross-entropy (nats) of logits [n, classes]; larger is better."""
+def scored(logits: Tensor, labels: Tensor) -> Validated:
+    """Return the accuracy and minus the cross-entropy (nats) of logits [n, classes]."""
     labels = labels.cpu()
-    accuracy = (logits.argmax(-1) == labels).double().mean()
-    return float(accuracy), -float(nn.functional.cross_entropy(logits, labels))
+    right, losses = (logits.argmax(-1) == labels).double(), F.cross_entropy(logits, labels, reduction="none").double()
+    by_image = {"score": right.numpy(), "loss": -losses.numpy()}
+    return Validated(float(right.mean()), -float(F.cross_entropy(logits, labels)), by_image)

@@ -12,19 +12,20 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from tocom import distributed
-from tocom.analysis.scores import Counts, count, miou
+from tocom.analysis.scores import METRICS, Counts, count, miou
 from tocom.data.loading import feed, in_one_line
 from tocom.data.pixels import Split, TrainViews, load
 from tocom.data.scenes import IGNORED
 from tocom.errors import TocomError
 from tocom.models import check_patches, load_model, set_image_size
 from tocom.settings import SegmentSettings
-from tocom.tasks.base import Task
+from tocom.tasks.base import Task, Validated
 from tocom.training import autocast, compiled, normalise
 from tocom.vit import CompressedViT
 
@@ -138,10 +139,9 @@ class Segmentation(Task):
 
         return step, feed(views, workers, pin=self.device.type == "cuda")
 
-    def validate(self, module: Segmenter, batch_size: int, precision: str, workers: int = 0) -> tuple[float, float]:
-        """Return the mIoU on the validation images and minus the cross-entropy of their labelled pixels (nats)."""
-        counts, loss = segment(module, self.splits["val"], batch_size, precision, workers)
-        return float(miou(counts)), -loss
+    def validate(self, module: Segmenter, batch_size: int, precision: str, workers: int = 0) -> Validated:
+        """Return the mIoU (%) on the validation images and minus the cross-entropy of their labelled pixels (nats)."""
+        return scored(*segment(module, self.splits["val"], batch_size, precision, workers))
 
     def test(self, module: Segmenter, batch_size: int, precision: str) -> dict[str, np.ndarray]:
         """Return the counts tp, fp and fn of every test image [images, classes] int32."""
@@ -151,14 +151,14 @@ class Segmentation(Task):
 @torch.inference_mode()
 def segment(
     segmenter: Segmenter, split: Split, batch_size: int, precision: str = "fp32", workers: int = 0
-) -> tuple[Counts, float]:
+) -> tuple[Counts, NDArray]:
     """Label every image of a split; several processes share the work.
 
     Args:
         workers: processes that decode images ahead.
 
     Returns:
-        Counts [images, classes] int32, and the cross-entropy of all labelled pixels (nats).
+        Counts [images, classes] int32, and the cross-entropy of each image, summed over labelled pixels [images].
     """
     segmenter.eval()
     device = next(segmenter.parameters()).device
@@ -176,8 +176,17 @@ def segment(
         results.append((count(scores.argmax(1).cpu(), labels.cpu(), split.classes), losses.cpu().numpy()))
     results = distributed.gather(results)
     counts = Counts(*(np.concatenate(parts) for parts in zip(*(c for c, _ in results), strict=True)))
-    labelled = int(counts.tp.sum(dtype=np.int64) + counts.fn.sum(dtype=np.int64))
-    return counts, float(np.concatenate([loss for _, loss in results]).sum()) / max(labelled, 1)
+    return counts, np.concatenate([losses for _, losses in results])
+
+
+def scored(counts: Counts, losses: NDArray) -> Validated:
+    """Return what :func:`segment` found as a score and minus a loss: of all pixels, so linearised by image."""
+    scores = METRICS[Segmentation.metric].values(np.stack(counts, axis=-2)[None])[0]
+    pixels = (counts.tp + counts.fn).sum(axis=-1, dtype=np.int64)
+    total = max(int(pixels.sum()), 1)
+    loss = float(losses.sum()) / total
+    by_image = {"score": scores, "loss": -loss - len(losses) / total * (losses - loss * pixels)}
+    return Validated(float(miou(counts)), -loss, by_image)
 
 
 def pixel_loss(scores: Tensor, labels: Tensor, ignored: int) -> Tensor:

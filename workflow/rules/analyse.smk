@@ -96,6 +96,7 @@ rule compare:
             caption="../report/significance.rst",
             category="Data",
         ),
+        report(f"{ROOT}/harm.csv", caption="../report/harm.rst", category="Data"),
     log:
         f"{ROOT}/logs/compare.log",
     benchmark:
@@ -109,7 +110,7 @@ rule compare:
     params:
         folder=lambda wildcards, input: folder_of(input.study),
     shell:
-        "tocom analyse compare {params.folder} --output {output} > {log} 2>&1"
+        "tocom analyse compare {params.folder} --output {params.folder} > {log} 2>&1"
 
 
 rule tables:

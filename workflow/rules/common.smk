@@ -49,7 +49,7 @@ PREDICTIONS = (
 )
 TRANSFER = f"{ROOT}/transfer/{{backbone}}/{{tuned}}.csv"
 THROUGHPUT = f"{ROOT}/throughput/{{backbone}}/{{tuned}}.csv"
-TABLES = ["main", "tasks", "significance", "throughput"]
+TABLES = ["main", "tasks", "significance", "methods", "variance", "throughput"]
 try:
     ALL_CORES = workflow.cores
 except (
@@ -97,7 +97,7 @@ def folder_of(study):
 
 def analysed(wildcards):
     """Return the files that tables and figures are made of."""
-    names = ["cells", "significance", "throughput"]
+    names = ["cells", "significance", "harm", "throughput"]
     names += ["transfer"] if PLAN.study(wildcards).transfer else []
     root = ROOT.format(study=wildcards.study)
     return {"study": f"{root}/study.json"} | {
@@ -120,7 +120,14 @@ def made_by(study):
 def results_of(study):
     """Return the tables and figures of a study."""
     it = PLAN.studies[study]
-    names = ["study.json", "cells.csv", "significance.csv", "throughput.csv", "figures"]
+    names = [
+        "study.json",
+        "cells.csv",
+        "significance.csv",
+        "harm.csv",
+        "throughput.csv",
+    ]
+    names += ["figures"]
     names += [
         f"tables/{name}.md" for name in [*TABLES, *(["paper"] if it.paper else [])]
     ]

@@ -5,7 +5,9 @@ rule evaluate:
     input:
         data=DATA,
         checkpoints=CHECKPOINTS,
-        compensators=lambda wildcards: PLAN.compensators(wildcards).values(),
+        compensators=lambda wildcards: [
+            file for _, file in PLAN.compensators(wildcards)
+        ],
     output:
         PREDICTIONS,
     log:
@@ -24,7 +26,9 @@ rule evaluate:
     params:
         job=lambda wildcards: PLAN.evaluate(wildcards).as_json(),
         compensators=lambda wildcards, input: named(
-            "--compensator", PLAN.compensators(wildcards), input.compensators
+            "--compensator",
+            [method for method, _ in PLAN.compensators(wildcards)],
+            input.compensators,
         ),
     shell:
         "tocom evaluate {params.job:q} --checkpoint {input.checkpoints} --data {input.data} {params.compensators}"
@@ -67,8 +71,10 @@ rule transfer:
 rule throughput:
     input:
         backbone=PLAN.backbone_file,
-        compensators=lambda wildcards: PLAN.timed_compensators(wildcards).values(),
-        learned=PLAN.learned_compressor,
+        compensators=lambda wildcards: [
+            file for _, file in PLAN.timed_compensators(wildcards)
+        ],
+        learned=PLAN.timed_compressor,
     output:
         THROUGHPUT,
     log:
@@ -86,7 +92,9 @@ rule throughput:
     params:
         job=lambda wildcards: PLAN.throughput(wildcards).as_json(),
         compensators=lambda wildcards, input: named(
-            "--compensator", PLAN.timed_compensators(wildcards), input.compensators
+            "--compensator",
+            [method for method, _ in PLAN.timed_compensators(wildcards)],
+            input.compensators,
         ),
         learned=lambda wildcards, input: [f"--learned {path}" for path in input.learned],
     shell:

@@ -5,7 +5,7 @@ rule finetune:
     input:
         backbone=PLAN.backbone_file,
         data=DATA,
-        learned=PLAN.learned_compressor,
+        learned=PLAN.compressors,
     output:
         directory(CHECKPOINTS),
     log:

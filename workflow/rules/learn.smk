@@ -1,4 +1,4 @@
-"""Learn the parts of methods that are learned, once for each backbone."""
+"""Learn the parts of methods that are learned, for each backbone once with each seed."""
 
 
 rule learn:
