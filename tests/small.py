@@ -75,3 +75,18 @@ def squeeze(compressor, x, size, count, attention, prefix):
     """Return what a compressor makes of tokens [B, N, D] and sizes [B, N, 1]: tokens and sizes."""
     tokens = compressor.compress(Tokens(x, size, count, 0, prefix), attention)
     return tokens.x, tokens.size
+
+
+def groups(k, count, prefix):
+    """Which tokens of one image ToMe joins, as loops: keys [heads, N, C] -> the group of every token, a set."""
+    metric = k.mean(dim=0)
+    n_tokens = len(metric)
+    odd = [i for i in range(1, n_tokens, 2) if i >= prefix]
+    best = []
+    for a in (i for i in range(0, n_tokens, 2) if i >= prefix):
+        cosines = [float(torch.cosine_similarity(metric[a], metric[b], dim=0)) for b in odd]
+        best.append((max(cosines), a, odd[cosines.index(max(cosines))]))
+    group = {i: {i} for i in range(n_tokens)}
+    for _, a, b in sorted(best, reverse=True)[:count]:
+        group[b] |= group.pop(a)
+    return [next(g for g in group.values() if token in g) for token in range(n_tokens)]

@@ -126,6 +126,14 @@ def test_degree_0_is_the_plain_model_and_every_degree_repeats_itself(kind, image
 
 
 @each_compressor
+@torch.no_grad()
+def test_an_image_gets_the_same_logits_in_any_batch(kind, images):
+    vit = CompressedViT(build(), drawn("compressor", kind), MAX_DEGREE)
+    alone = torch.cat([vit(image[None]) for image in images])
+    torch.testing.assert_close(vit(images), alone, rtol=1e-4, atol=1e-4)
+
+
+@each_compressor
 def test_the_cost_does_not_rise_with_the_degree_and_ends_below_that_of_degree_0(kind):
     vit = CompressedViT(build(), drawn("compressor", kind))
     highest = vit.compressor.highest(vit.compressor.options, PATCHES)
@@ -330,6 +338,7 @@ def test_one_that_was_learned_for_another_model_or_compressor_is_refused(kind):
 
 
 LEARNED = [("compensator", kind) for kind in KINDS["compensator"]] + [("compressor", OUTSIDE["compressor"])]
+LEARNED += [("compressor", kind) for kind in PARTS["compressor"] if part_class("compressor", kind).learns(None)]
 
 
 @pytest.mark.parametrize(("role", "kind"), LEARNED)

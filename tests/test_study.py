@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.small import refusal
+from tocom.analysis.planned import endpoint
 from tocom.jobs import EvaluateJob, FinetuneJob, LearnJob, Plan, read_job
 from tocom.methods import PARTS
 from tocom.parts import part_class
@@ -22,7 +23,8 @@ CONFIGS = sorted(
     for path in (*ROOT.glob("config/*.yaml"), *ROOT.glob("tests/configs/*.yaml"))
     if "\nstudy:" in path.read_text()  # others list studies, or are what studies extend
 )
-DEMO = yaml.safe_load((ROOT / "config/demo.yaml").read_text())
+DEMO = yaml.safe_load((ROOT / "config/demo.yaml").read_text()) | {"train_degrees": [0, 10, 14], "seeds": [0, 1, 2]}
+del DEMO["endpoint"]  # of methods and tasks that tests change
 LETTERS = DEMO["backbones"][0]
 
 
@@ -153,6 +155,22 @@ def test_a_config_file_that_cannot_be_read_is_one_line(tmp_path, text, message):
     if text is not None:
         path.write_text(text)
     assert message in refusal(read_study, path)
+
+
+def test_the_endpoint_is_what_the_study_has():
+    ends = {"tasks": "digits", "train_degree": 10, "infer_degree": 12, "compare": ["tocom", "random_degree"]}
+    found = endpoint(parse_study(changed(endpoint=ends)))
+    assert (found.before, found.after, found.scope.name, found.point.train, found.point.infer) == (
+        *("tocom", "random_degree", "digits", "10", 12),
+    )
+    widest = endpoint(parse_study(changed()))
+    assert (widest.scope.name, widest.point.train, widest.point.infer) == ("all tasks", "0", 14)
+    assert endpoint(parse_study(changed(compare=[]))) is None
+    for key, value in {"tasks": "letters", "train_degree": 3, "infer_degree": 9, "backbone": "b"}.items():
+        assert f"endpoint.{key}: the study has no {value!r}; give one of" in refusal(
+            parse_study, changed(endpoint={key: value})
+        )
+    assert "endpoint.compare" in refusal(parse_study, changed(endpoint={"compare": ["random_degree", "tome"]}))
 
 
 @given(st.integers(1, 30))

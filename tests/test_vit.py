@@ -13,6 +13,7 @@ from tocom.parts import descending
 from tocom.vit import CompressedViT, gflops
 
 SUMMED, MEAN = ({"kind": "evit", "fuse": how} for how in ("sum", "mean"))
+UNPROTECTED, FUSION = {"kind": "pitome", "unprotected": "all"}, {"kind": "tofu", "pruning_blocks": 1}
 COMPRESSORS = pytest.mark.parametrize("compressor", ["tome", "evit", SUMMED, MEAN], ids=str)
 
 # --- an independent forward pass: one image, one head, one token at a time ----------------------------------
@@ -285,7 +286,10 @@ def test_a_malformed_degree_is_refused_and_the_model_stays_as_it_was(make_vit, i
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 @pytest.mark.parametrize(
-    ("compressor", "dynamo"), [("tome", False), ("tome", True), ("evit", False), ("tome_mlp", False)]
+    ("compressor", "dynamo"),
+    [("tome", False), ("tome", True), ("evit", False), ("tome_mlp", False)]
+    + [(part, dynamo) for part in ("pitome", UNPROTECTED, FUSION) for dynamo in (False, True)],
+    ids=str,
 )
 def test_every_degree_is_exported_to_onnx_and_torch_export_and_gives_the_same_logits(compressor, dynamo, tmp_path):
     ort = pytest.importorskip("onnxruntime")

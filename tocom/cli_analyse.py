@@ -116,15 +116,15 @@ def show(folder: FolderArgument) -> None:
 
 @app.command()
 def convergence(
-    folder: FolderArgument,
-    longer: Annotated[Path, typer.Argument(help="The folder of the same study with more epochs of fine-tuning.")],
+    study: Annotated[Path, typer.Argument(help="A study's config or folder.")],
+    longer: Annotated[Path, typer.Argument(help="That of the same study with more epochs of fine-tuning.")],
     within: Annotated[float, typer.Option(help="Points that more epochs may move a mean by.")] = 1.0,
 ) -> None:
     """Print by how much more epochs move the mean validation scores; exit status 1 if by too much."""
     from tocom.analysis.curves import convergence as moved
     from tocom.analysis.run import Run
 
-    frame = moved(Run.read(folder), Run.read(longer))
+    frame = moved(Run.find(study), Run.find(longer))
     rows = [
         (
             *(

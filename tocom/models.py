@@ -198,6 +198,7 @@ def compress(model: nn.Module, about: dict, compressor: str | dict | Compressor,
     state = about.get("beside", {}).get("compressor")
     if state:
         vit.compressor.load_state_dict(state)
+        vit.set_degree(degree)  # what a degree removes may be among the parameters
     vit.compressor.to(next(model.parameters()).device)
     return vit
 

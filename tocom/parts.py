@@ -87,6 +87,10 @@ class Part(nn.Module):
         """
         raise TocomError(f"{type(self).__name__} has nothing to learn on a backbone")
 
+    def summary(self) -> dict[str, Any]:
+        """Return JSON-able values that its file is to say of it beside its parameters, for `tocom info` to show."""
+        return {}
+
 
 class Objective(nn.Module):
     """A loss on images with something to draw for every step, such as a pair of degrees."""
@@ -105,6 +109,10 @@ class Objective(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the mean loss on normalised images [B, 3, H, W]."""
         raise NotImplementedError
+
+    def held_out(self, images: Tensor) -> Tensor:
+        """Return the mean loss by which held-out images choose the best epoch; what is minimised, by default."""
+        return self(images)
 
 
 # --- compressors ------------------------------------------------------------------------------------------------------
@@ -452,7 +460,7 @@ def save_part(path: Any, part: Part) -> None:
     tensors = part.state_dict()
     about = {"format": FORMAT, "kind": part.role, "part": describe(part), "max_degree": part.max_degree}
     about |= {"shape": part.shape, "sha256": digest(tensors), "compressor": getattr(part, "compressor", None)}
-    save_tensors(path, tensors, part.metadata | about)
+    save_tensors(path, tensors, part.metadata | about | ({"summary": summary} if (summary := part.summary()) else {}))
 
 
 def load_part(path: Any, role: str) -> Any:
@@ -475,7 +483,7 @@ def load_part(path: Any, role: str) -> Any:
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
         raise TocomError(f"{path} does not fit {about['part']['kind']!r} of this version: {reason}") from None
-    own = ("format", "kind", "part", "max_degree", "shape", "sha256", "compressor")
+    own = ("format", "kind", "part", "max_degree", "shape", "sha256", "compressor", "summary")
     part.metadata = {key: value for key, value in about.items() if key not in own}
     if role == "compensator":
         part.compressor = about["compressor"]

@@ -179,10 +179,22 @@ class CompressedViT(nn.Module):
         model = self.model
         if model.global_pool != "avg" or size is None:
             return model.forward_head(x)
+        return model.head(self.pool(x, size))
+
+    def pool(self, x: Tensor, size: Tensor | None = None) -> Tensor:
+        """Pool tokens [B, N, D] to what is classified [B, D]: the class token, or an average, normed."""
+        model = self.model
+        if model.global_pool != "avg" or size is None:
+            return model.forward_head(x, pre_logits=True)
         first = 0 if model.pool_include_prefix else self.prefix
         x, size = x[:, first:], size[:, first:]
         pooled = (x * size).sum(dim=1) / size.sum(dim=1)
-        return model.head(model.head_drop(model.fc_norm(pooled)))
+        return model.head_drop(model.fc_norm(pooled))
+
+    def pooled_and_logits(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is classified [B, D], and the logits [B, classes], of images [B, 3, H, W]."""
+        features = self.forward_features(images)
+        return self.pool(*features), self.forward_head(*features)
 
     def tokens(self) -> tuple[int, ...]:
         """Return the number of tokens after each block at the present degree and the model's own input size."""

@@ -252,7 +252,7 @@ def test_the_sources_of_errors_are_those_of_significance_csv(demo):
         n = len(members[group])
         own = (test.sd_seed**2 + test.sd_rest**2 / made_up.N) / n + np.nan_to_num(test.sd_compensator) ** 2
         images = test.sd_image**2 / n / made_up.N
-        contrast = stats.Contrast(0.0, own / 3, 2, images, n * (made_up.N - 1), np.sqrt(own))
+        contrast = stats.Contrast(0.0, (stats.Part(own / 3, 2),), stats.Part(images, n * (made_up.N - 1)))
         gains = np.array([float(others[-2]) - 0.006, float(others[-2]) + 0.006])
         low, high = (stats.power(gain, contrast) for gain in gains)
         assert low <= 0.8 <= high

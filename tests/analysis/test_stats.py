@@ -20,7 +20,7 @@ from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
 from tocom.analysis import stats
-from tocom.analysis.stats import Contrast, Means, Spreads, Trained
+from tocom.analysis.stats import Contrast, Means, Part, Spreads, Trained
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -81,10 +81,10 @@ def test_variances_are_those_of_an_analysis_of_variance():
     by_seed, by_image, rest = anova(task[1] - task[0])
     gain = Means.of([task], [SAME, SAME]).contrast(GAIN)
     assert gain.value == pytest.approx((task[1] - task[0]).mean())
-    assert gain.trainings == pytest.approx(by_seed / (4 * 30))
-    assert gain.images == pytest.approx((by_image - rest) / (4 * 30))
-    assert (gain.training_df, gain.image_df) == (pytest.approx(3), pytest.approx(29))
-    assert gain.error**2 == pytest.approx(gain.trainings + gain.images)
+    (trainings,) = gain.trainings
+    assert trainings == pytest.approx((by_seed / (4 * 30), 3))
+    assert gain.images == pytest.approx(((by_image - rest) / (4 * 30), 29))
+    assert gain.error**2 == pytest.approx(trainings.variance + gain.images.variance)
     assert gain.effect == pytest.approx(gain.value / (task[1] - task[0]).mean(axis=1).std(ddof=1))
 
 
@@ -94,16 +94,24 @@ def test_tasks_of_independent_trainings_add_their_variances_and_shared_parts_tie
     alone = [Means.of([task], [SAME, SAME]).contrast(GAIN) for task in tasks]
     apart = Means.of(tasks, [SAME, SAME]).contrast(GAIN)
     assert apart.value == pytest.approx(np.mean([one.value for one in alone]))
-    assert apart.trainings == pytest.approx(sum(one.trainings for one in alone) / 4)
-    assert apart.images == pytest.approx(sum(one.images for one in alone) / 4)
-    welch = sum(v := np.array([one.trainings for one in alone])) ** 2 / (v**2 / 2).sum()
-    assert apart.training_df == pytest.approx(welch)
+    v = np.array([one.trainings[0].variance for one in alone])
+    assert apart.trainings == (pytest.approx((v.sum() / 4, v.sum() ** 2 / (v**2 / 2).sum())),)  # Satterthwaite's
+    assert apart.images.variance == pytest.approx(sum(one.images.variance for one in alone) / 4)
     tied = Means.of(tasks, [SHARED, SHARED]).contrast(GAIN)
     by_seed = np.mean([(task[1] - task[0]).mean(axis=1) for task in tasks], axis=0)
-    assert (tied.trainings, tied.training_df) == (pytest.approx(by_seed.var(ddof=1) / 3), pytest.approx(2))
+    assert tied.trainings == (pytest.approx((by_seed.var(ddof=1) / 3, 2)),)
     assert tied.images == pytest.approx(apart.images)
     weighed = Means.of(tasks, [SHARED, SHARED], [0.2, 0.8]).contrast(GAIN)
     assert weighed.value == pytest.approx(0.2 * alone[0].value + 0.8 * alone[1].value)
+    # one method's tasks err together, the other's do not
+    first, second = ([task[k].mean(axis=1) for task in tasks] for k in (0, 1))
+    both = Means.of(tasks, [SHARED, OTHER]).contrast(GAIN)
+    w = np.array([scores.var(ddof=1) for scores in second]) / 4
+    expected = np.mean(first, axis=0).var(ddof=1) / 3, 2, w.sum() / 3, w.sum() ** 2 / (w**2 / 2).sum()
+    assert [number for part in both.trainings for number in part] == pytest.approx(expected)
+    t = [scipy.stats.t(df).isf(0.005) for df in (2, expected[3], both.images.df)]
+    v = [expected[0], expected[2], both.images.variance]
+    assert both.critical(0.01) == pytest.approx(np.dot(v, t) / sum(v))
 
 
 def test_independent_trainings_are_not_paired_by_seed():
@@ -111,14 +119,14 @@ def test_independent_trainings_are_not_paired_by_seed():
     task = scattered(rng, 5, 30)
     gain = Means.of([task], [SAME, OTHER]).contrast(GAIN)
     scores = task.mean(axis=2)
-    assert gain.trainings == pytest.approx(scores.var(axis=1, ddof=1).sum() / 5)
+    assert gain.trainings[0].variance == pytest.approx(scores.var(axis=1, ddof=1).sum() / 5)
     # the order of the second's seeds says nothing
     other = np.stack([task[0], task[1][[3, 0, 4, 1, 2]]])
     assert Means.of([other], [SAME, OTHER]).contrast(GAIN).p() == pytest.approx(gain.p(), rel=1e-9)
     welch = scipy.stats.ttest_ind(scores[1], scores[0], equal_var=False).pvalue
     assert Means.of([task], [SAME, OTHER]).p_seeds(GAIN) == pytest.approx(welch)
     rest = sum(anova(one)[2] for one in task)
-    assert gain.images == pytest.approx((task[1] - task[0]).mean(axis=0).var(ddof=1) / 30 - rest / (5 * 30))
+    assert gain.images.variance == pytest.approx((task[1] - task[0]).mean(axis=0).var(ddof=1) / 30 - rest / (5 * 30))
 
 
 @given(
@@ -130,7 +138,7 @@ def test_independent_trainings_are_not_paired_by_seed():
 )
 @settings(deadline=None, max_examples=60)
 def test_p_is_where_the_weighted_critical_value_is_reached(value, trainings, images, df, than):
-    contrast = Contrast(value, trainings, df, images, 700.0, 1.0)
+    contrast = Contrast(value, (Part(trainings, df),), Part(images, 700.0))
     p = contrast.p(than)
     if abs(value - than) < 1e-9 or trainings + images == 0:
         assert p == 1 or math.isnan(p)
@@ -171,7 +179,7 @@ def test_edges_of_the_tests_over_trainings():
     level = np.stack([np.zeros((3, 5)), np.ones((3, 5))])
     assert math.isnan(Means.of([level], [SAME, SAME]).contrast(GAIN).p())
     assert math.isnan(Means.of([level], [SAME, SAME]).p_seeds(GAIN))
-    assert Contrast(1e9, 0.0, 2.0, 1.0, 500.0, 1.0).p() == pytest.approx(1e-100)
+    assert Contrast(1e9, (Part(0.0, 2.0),), Part(1.0, 500.0)).p() == pytest.approx(1e-100)
 
 
 def test_gap_closed_is_what_a_search_over_shares_finds():
@@ -355,21 +363,21 @@ def test_spreads_of_one_task_are_those_of_an_analysis_of_variance():
 
 def test_what_is_planned_is_what_a_study_with_these_errors_has():
     spread, images = Spreads(20.0, 1.5, 1.0, 15.0, math.nan), (200, 400)
-    plan = stats.planned(spread, 5, images)
+    plan = stats.planned(spread, 5, images, True)
     of_images = sum(20**2 / n for n in images) / 4
     trainings = (sum(1.5**2 + 15**2 / n for n in images) / 4 + 1) / 5
-    assert (plan.images, plan.trainings) == (pytest.approx(of_images), pytest.approx(trainings))
-    assert plan.training_df == 4
-    assert stats.planned(spread._replace(compensator=0.0), 5, images).training_df == 8
+    assert (plan.images.variance, plan.trainings) == (pytest.approx(of_images), (pytest.approx((trainings, 4)),))
+    assert stats.planned(spread, 5, images, False).trainings[0].df == 8
+    assert math.isnan(stats.detectable(stats.planned(spread, 1, images, True)))
 
 
 @pytest.mark.parametrize(("df", "images"), [(2, 0.5), (2, 0.0), (4, 0.5), (8, 2.0)])
 def test_the_detectable_gain_is_found_as_often_as_is_said(df, images):
-    truth = Contrast(0.0, 1.0, df, images, 1e6, 1.0)
+    truth = Contrast(0.0, (Part(1.0, df),), Part(images, 1e6))
     gain, rng, found = stats.detectable(truth), np.random.default_rng(13), 0
     draws = gain + rng.normal(0, truth.error, 2000)
     for value, variance in zip(draws, rng.chisquare(df, 2000) / df, strict=True):
-        found += Contrast(value, variance, df, images, 1e6, 1.0).p() < 0.05
+        found += Contrast(value, (Part(variance, df),), Part(images, 1e6)).p() < 0.05
     assert found / 2000 == pytest.approx(0.8, abs=0.036)  # four standard errors
     assert stats.power(0.0, truth) <= 0.055
-    assert math.isnan(stats.detectable(Contrast(0.0, 0.0, 2, 0.0, 9, 0.0)))
+    assert math.isnan(stats.detectable(Contrast(0.0, (Part(0.0, 2),), Part(0.0, 9))))

@@ -13,7 +13,7 @@ from tests.analysis import made_up
 from tests.analysis.made_up import ABLATED, EVIT, FGVC, SEVERAL, TOCOM, TOME, config, significance_of
 from tocom.analysis import figures, tables
 from tocom.analysis.cells import read_cells
-from tocom.analysis.curves import curves
+from tocom.analysis.curves import convergence, curves
 from tocom.analysis.overview import ASKS, overview
 from tocom.analysis.paper import FORMS, paper_tables
 from tocom.analysis.planned import group_scopes
@@ -623,3 +623,29 @@ def test_curves_are_found_from_the_study_and_drawn_by_task_and_train_degree(stud
     found[0].file.write_text("epoch,loss\n1,2\n")
     with pytest.raises(TocomError, match="lacks the column 'held_out'"):
         found[0].read()
+
+
+def test_convergence_compares_what_trainings_keep_with_what_longer_ones_do(study, tmp_path):
+    longer = shutil.copytree(study, tmp_path / "longer")
+    command = ["convergence", str(study), str(longer)]
+    with pytest.raises(TocomError, match="no training in common"):
+        CliRunner().invoke(app, command, catch_exceptions=False)
+    write_curves(study)
+    write_curves(longer)
+    for number, path in enumerate(sorted((longer / "checkpoints").rglob("*.csv"))):
+        frame = pd.read_csv(path)
+        rows = [{"epoch": 3, "loss": 0.1, "held_out": frame.held_out.max() + 0.001 * number, "lr": 0.1}]
+        pd.concat([frame, pd.DataFrame(rows)]).to_csv(path, index=False)
+    frame = convergence(Run.read(study), Run.read(longer)).set_index(["method", "train_degree"])
+    best = {"0": [], "12": [], "random": []}
+    for path in sorted((study / "checkpoints").rglob("*.csv")):
+        more = pd.read_csv(longer / path.relative_to(study)).held_out.max() - pd.read_csv(path).held_out.max()
+        best[re.search(r"train-(\w+)_", path.name)[1]].append(100 * more)
+    for (_, train), row in frame.iterrows():
+        assert row.change == pytest.approx(np.mean(best[train]))
+        assert (row.trainings, row.epochs, row.epochs_longer) == (6, 2, 3)
+        assert row.score == pytest.approx(100 * np.mean([0.4 + 0.1 * seed for seed in made_up.SEEDS]))
+    assert max(map(np.mean, best.values())) > 1 > min(map(np.mean, best.values()))
+    with pytest.raises(TocomError, match="more than 1 points; fine-tune longer"):
+        CliRunner().invoke(app, command, catch_exceptions=False)
+    assert CliRunner().invoke(app, [*command, "--within", "2"], catch_exceptions=False).exit_code == 0

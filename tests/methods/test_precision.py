@@ -12,6 +12,7 @@ from tocom.vit import CompressedViT
 #: Largest relative error of the logits: a few roundings to 8 or 11 binary digits in each of three blocks.
 TOLERANCE = {torch.bfloat16: 0.03, torch.float16: 0.005}
 FUSED = {"kind": "evit", "fuse": "mean"}
+COMPRESSORS = ["tome", "evit", FUSED, {"kind": "tofu", "pruning_blocks": 1}]
 half_types = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
@@ -24,7 +25,7 @@ def relative_error(actual, expected):
 
 
 @half_types
-@pytest.mark.parametrize("compressor", ["tome", "evit", FUSED], ids=str)
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
 @pytest.mark.parametrize("settings", [{}, {"qk_norm": True}, {"global_pool": "avg"}], ids=str)
 @torch.no_grad()
 def test_half_precision_gives_the_logits_of_float32(make_vit, images, settings, compressor, dtype):
@@ -39,7 +40,7 @@ def test_half_precision_gives_the_logits_of_float32(make_vit, images, settings, 
         assert relative_error(logits, expected) < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("compressor", ["tome", "evit", FUSED], ids=str)
+@pytest.mark.parametrize("compressor", COMPRESSORS, ids=str)
 def test_gradients_under_autocast_are_those_of_float32(make_vit, images, compressor):
     gradients = {}
     for enabled in (False, True):

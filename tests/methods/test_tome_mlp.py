@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.small import groups
 from tocom import CompressedViT, gflops
-from tocom.methods.tome import match, merge
+from tocom.merging import merge
+from tocom.methods.tome import match
 from tocom.methods.tome_mlp import ToMeMLP, positions
 from tocom.models import create
 from tocom.parts import Attention, Tokens
@@ -24,21 +26,6 @@ def draw(n_tokens, seed, batch=2, dim=5):
     x = torch.randn(batch, n_tokens, dim, generator=generator, dtype=torch.float64)
     k = torch.randn(batch, 2, n_tokens, 3, generator=generator, dtype=torch.float64)
     return x, k
-
-
-def groups(k, count, prefix):
-    """Which tokens of one image share a group, as loops: keys [heads, N, C] -> a set for every token."""
-    metric = k.mean(dim=0)
-    n_tokens = len(metric)
-    odd = [i for i in range(1, n_tokens, 2) if i >= prefix]
-    best = []
-    for a in (i for i in range(0, n_tokens, 2) if i >= prefix):
-        cosines = [float(torch.cosine_similarity(metric[a], metric[b], dim=0)) for b in odd]
-        best.append((max(cosines), a, odd[cosines.index(max(cosines))]))
-    group = {i: {i} for i in range(n_tokens)}
-    for _, a, b in sorted(best, reverse=True)[:count]:
-        group[b] |= group.pop(a)
-    return [next(g for g in group.values() if token in g) for token in range(n_tokens)]
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5], ids="prefix{}".format)
@@ -66,8 +53,8 @@ def test_positions_lead_to_the_group_that_holds_the_token(n_patches, prefix, cou
     matching = match(k.mean(dim=1), count, prefix)
     # The indicator of every token: after merging, a group's row has its members' columns above zero.
     indicator = torch.eye(n_patches + prefix, dtype=torch.float64).expand(2, -1, -1)
-    merged, _ = merge(indicator, torch.ones_like(x[..., :1]), matching, prefix)
-    where = positions(matching, n_patches + prefix, prefix)
+    merged, _ = merge(indicator, torch.ones_like(x[..., :1]), matching)
+    where = positions(matching)
     members = merged.gather(1, where.unsqueeze(-1).expand(-1, -1, n_patches + prefix))
     assert (members.diagonal(dim1=1, dim2=2) > 0).all()
     assert where.unique().numel() == merged.shape[1]

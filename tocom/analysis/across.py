@@ -21,8 +21,6 @@ from tocom.analysis.tables import DECLINED, NOT_PLANNED, NOT_RUN, Table, Text, p
 
 #: Fewer methods or tasks than that have no ranks to test.
 _METHODS, _TASKS = 3, 2
-#: A standard deviation of what is learned once for all tasks that is estimated as 0, and yet is not known to be.
-_SOME = 1e-6
 
 
 # --- what is compared -------------------------------------------------------------------------------------------------
@@ -156,9 +154,9 @@ def detectable(study, compared: Compared, spreads: stats.Spreads, seeds: int, im
     Args:
         spreads: its standard deviations, in points. images: test images of each task.
     """
-    is_shared = any(map(study.learns, compared))
-    spreads = spreads._replace(compensator=np.nan_to_num(spreads.compensator).clip(_SOME) if is_shared else 0.0)
-    return stats.detectable(stats.planned(spreads, seeds, images)) if seeds > 1 else np.nan
+    tied = any(map(study.learns, compared))
+    spreads = spreads._replace(compensator=np.nan_to_num(spreads.compensator) if tied else 0.0)
+    return stats.detectable(stats.planned(spreads, seeds, images, tied))
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

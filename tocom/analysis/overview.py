@@ -170,10 +170,5 @@ def write_overview(studies: Sequence[Path], output: Path) -> None:
     Args:
         studies: folders with a study.json, or configs, whose studies are looked for where the workflow puts them.
     """
-    from tocom.study import read_study
-
-    lines = []
-    for path in studies:
-        study = read_study(path / "study.json" if path.is_dir() else path)
-        lines += overview(study, path if path.is_dir() else study.root)
+    lines = [line for run in map(Run.find, studies) for line in overview(run.study, run.folder)]
     write_pages([joint(lines)], output.with_suffix(""))

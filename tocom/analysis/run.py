@@ -89,6 +89,16 @@ class Run:
         return cls.of(read_study(folder / "study.json"), folder)
 
     @classmethod
+    def find(cls, path: Path) -> Run:
+        """Read the folder of a study, or what is there of the one that a config declares."""
+        from tocom.study import read_study
+
+        if path.is_dir():
+            return cls.read(path)
+        study = read_study(path)
+        return cls.of(study, study.root)
+
+    @classmethod
     def of(cls, study, folder: Path) -> Run:
         """Read what is there of a study that may never have been run."""
         there = (folder / "cells.csv").is_file()

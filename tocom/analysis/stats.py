@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 #: Decimals of a percentage point that count; the rest is round-off, which must not break ties.
 _DECIMALS = 9
@@ -52,46 +52,55 @@ class Source(NamedTuple):
     """Covariances [K, K] of the errors of K means, from one source of errors.
 
     Attributes:
-        covariance: the estimate. df: its degrees of freedom.
+        covariance: the estimate. df: its degrees of freedom. tied: whether all tasks are in it, as they err together.
     """
 
     covariance: NDArray
     df: int
+    tied: bool = False
+
+    def part(self, weights: NDArray) -> Part:
+        """Return the variance of a weighted sum of the means [K] from this source."""
+        return Part(weights @ self.covariance @ weights, self.df)
+
+
+class Part(NamedTuple):
+    """An estimated variance of an error, in squared points, and the degrees of freedom of the estimate."""
+
+    variance: float
+    df: float
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """A weighted sum of means of conditions, in points, with the variance of its error by source.
+    """A weighted sum of means of conditions, in points, with the variance of its error in independent parts.
 
     Attributes:
         value: the sum.
-        trainings, images: variances of its error; ``trainings`` is NaN with one seed.
-        training_df, image_df: degrees of freedom of either.
-        spread: the standard deviation of a single training.
+        trainings: of trainings whose tasks err together, and of those whose tasks do not; none with one seed.
+        images: of images.
+        spread: the standard deviation of a single training; NaN with one seed.
     """
 
     value: float
-    trainings: float
-    training_df: float
-    images: float
-    image_df: float
-    spread: float
+    trainings: tuple[Part, ...]
+    images: Part
+    spread: float = np.nan
 
     def critical(self, level: float) -> float:
         """Return by how many standard errors the value has to differ for a two-sided test at ``level``.
 
-        The critical values of t for either source, weighted by their variances (Cochran and Cox 1950). One effective
+        The critical values of t for every part, weighted by their variances (Cochran and Cox 1950). One effective
         number of degrees of freedom instead (Satterthwaite 1946) takes too many where the spread of a few trainings
         happens to look small: `tocom analyse simulate` compares them.
         """
-        variances = np.array([self.trainings, self.images])
-        t = stats.t.isf(level / 2, [self.training_df, self.image_df])
-        return float(variances @ t / variances.sum()) if variances.any() else 0.0
+        variances, dfs = np.array([*self.trainings, self.images]).T
+        return float(variances @ _quantile(level, dfs) / variances.sum()) if variances.any() else 0.0
 
     @property
     def error(self) -> float:
         """The standard error."""
-        return float(np.sqrt(self.trainings + self.images))
+        return float(np.sqrt(sum(part.variance for part in (*self.trainings, self.images))))
 
     def p(self, than: float = 0.0) -> float:
         """Return the two-sided p-value of the true value being ``than``, over images and trainings.
@@ -101,8 +110,8 @@ class Contrast:
             another.
         """
         distance = abs(self.value - than)
-        if np.isnan(self.error) or distance < 10.0**-_DECIMALS:
-            return np.nan if np.isnan(self.error) else 1.0
+        if not self.trainings or distance < 10.0**-_DECIMALS:
+            return 1.0 if self.trainings else np.nan
         if not self.error:
             return np.nan
         lowest = np.log(_SMALLEST)
@@ -119,8 +128,6 @@ class Contrast:
 
     def interval(self) -> tuple[float, float]:
         """Return the ends of the interval that belongs to :meth:`p`; with one seed, of one over images alone."""
-        if np.isnan(self.trainings):
-            return Contrast(self.value, 0.0, 1, self.images, self.image_df, 0.0).interval()
         half = self.critical(1 - LEVEL) * self.error
         return self.value - half, self.value + half
 
@@ -166,19 +173,18 @@ class Means:
         for one in dict.fromkeys(trained):
             mine = np.array([other == one for other in trained])
             block = np.outer(mine, mine)
-            draws = by_seed.sum(axis=0, keepdims=True) if one.shared else by_seed
-            trainings += [Source(block * np.atleast_2d(np.cov(draw)) / n_seeds, n_seeds - 1) for draw in draws]
+            tied = one.shared and len(tasks) > 1
+            draws = by_seed.sum(axis=0, keepdims=True) if tied else by_seed
+            trainings += [Source(block * np.atleast_2d(np.cov(draw)) / n_seeds, n_seeds - 1, tied) for draw in draws]
         return cls(values, tuple(trainings), images, n_seeds)
 
     def contrast(self, weights: ArrayLike) -> Contrast:
         """Return a weighted sum of the means; of two conditions, [-1, 1] is the gain."""
         w = np.asarray(weights, dtype=float)
-        value = float(w @ self.values)
-        images, image_df = _added([w @ source.covariance @ w for source in self.images], [s.df for s in self.images])
-        if not self.trainings:
-            return Contrast(value, np.nan, np.nan, images, image_df, np.nan)
-        trainings, df = _added([w @ s.covariance @ w for s in self.trainings], [s.df for s in self.trainings])
-        return Contrast(value, trainings, df, images, image_df, float(np.sqrt(self.seeds * trainings)))
+        kinds = ([s.part(w) for s in self.trainings if s.tied == tied] for tied in (True, False))
+        trainings = tuple(_added(parts) for parts in kinds if parts)
+        spread = np.sqrt(self.seeds * sum(part.variance for part in trainings)) if trainings else np.nan
+        return Contrast(float(w @ self.values), trainings, _added([s.part(w) for s in self.images]), float(spread))
 
     def p_seeds(self, weights: ArrayLike) -> float:
         """Return the two-sided p-value of a weighted sum of the means being 0, over trainings on these images.
@@ -190,11 +196,12 @@ class Means:
             no spread among a few seeds tells that a score is discrete, not that the gain is certain.
         """
         w = np.asarray(weights, dtype=float)
-        own = [w @ source.covariance @ w for source in self.trainings]
-        variance, df = _added(own, [source.df for source in self.trainings]) if own else (0.0, 1.0)
+        if not self.trainings:
+            return np.nan
+        variance, df = _added([source.part(w) for source in self.trainings])
         value = abs(w @ self.values)
         if variance < 10.0 ** (-2 * _DECIMALS):
-            return 1.0 if own and value < 10.0**-_DECIMALS else np.nan
+            return 1.0 if value < 10.0**-_DECIMALS else np.nan
         return float(2 * stats.t.sf(value / np.sqrt(variance), df))
 
     def gap_closed(self) -> tuple[float, float, float]:
@@ -240,11 +247,16 @@ def _analysed(task: NDArray, trained: Sequence[Trained]) -> tuple[NDArray, NDArr
     return between, np.where(same, rest, 0.0)
 
 
-def _added(variances: ArrayLike, dfs: Sequence[int]) -> tuple[float, float]:
+def _added(parts: Sequence[Part]) -> Part:
     """Return the sum of independent estimates, not below 0, and its degrees of freedom (Satterthwaite 1946)."""
-    variances = np.asarray(variances)
+    variances, dfs = np.array(parts).T
     total = max(variances.sum(), 0.0)
-    return float(total), float(total**2 / (variances**2 / dfs).sum()) if total else float(min(dfs))
+    return Part(float(total), float(total**2 / (variances**2 / dfs).sum()) if total else float(min(dfs)))
+
+
+def _quantile(level: float, dfs: ArrayLike) -> NDArray:
+    """Return the critical values of t for two-sided tests."""
+    return -special.stdtrit(np.asarray(dfs, dtype=float), level / 2)
 
 
 # --- tests that take trainings, or images, as given -------------------------------------------------------------------
@@ -410,36 +422,38 @@ def spreads(tasks: Sequence[NDArray], trained: Sequence[Trained], weights: Array
     return Spreads(*roots)._replace(**({"compensator": np.nan} if lone else {}))
 
 
-_NODES = (np.arange(4_000) + 0.5) / 4_000
+#: Quantiles at which the distribution of an estimated variance is taken for power.
+_NODES = (np.arange(400) + 0.5) / 400
 
 
 def power(gain: float, contrast: Contrast, level: float = 0.05) -> float:
     """Return how often a true gain is found by :meth:`Contrast.p` at ``level``, were the variances the true ones."""
-    estimated = contrast.trainings * stats.chi2.ppf(_NODES, contrast.training_df) / contrast.training_df
-    variance = estimated + contrast.images
-    t = stats.t.isf(level / 2, [contrast.training_df, contrast.image_df])
-    needed = (estimated * t[0] + contrast.images * t[1]) / np.sqrt(variance) / contrast.error
+    estimates = [part.variance * stats.chi2.ppf(_NODES, part.df) / part.df for part in contrast.trainings]
+    grid = [*np.meshgrid(*estimates), np.array(contrast.images.variance)]
+    t = _quantile(level, [part.df for part in (*contrast.trainings, contrast.images)])
+    needed = sum(v * c for v, c in zip(grid, t, strict=True)) / np.sqrt(sum(grid)) / contrast.error
     away = gain / contrast.error
     return float((stats.norm.sf(needed - away) + stats.norm.sf(needed + away)).mean())
 
 
 def detectable(contrast: Contrast, level: float = 0.05, share: float = 0.8) -> float:
     """Return the gain that is found in ``share`` of all studies whose errors have these variances; NaN if unknown."""
-    if not contrast.error > 0:
+    if not contrast.error > 0 or not contrast.trainings:
         return np.nan
-    return float(optimize.brentq(lambda gain: power(gain, contrast, level) - share, 0, 1e4 * contrast.error + 1e-9))
+    return float(optimize.brentq(lambda gain: power(gain, contrast, level) - share, 0, 1e4 * contrast.error))
 
 
-def planned(spread: Spreads, seeds: int, images: Sequence[int]) -> Contrast:
+def planned(spread: Spreads, seeds: int, images: Sequence[int], tied: bool) -> Contrast:
     """Return the errors that a study will have: a gain of 0, with variances instead of their estimates.
 
     Args:
-        spread: standard deviations. seeds: how many. images: test images of each task.
+        spread: standard deviations. seeds: how many. images: test images of each task. tied: whether something is
+            learned once for all tasks, so that they err together.
     """
     images = np.asarray(images)
     share = np.full(len(images), 1 / len(images)) ** 2
     of_images = float((share * spread.image**2 / images).sum())
-    own = float((share * (spread.seed**2 + spread.rest**2 / images)).sum()) / seeds
-    shared = spread.compensator**2 / seeds
-    df = (seeds - 1) * (1 if spread.compensator else len(images))
-    return Contrast(0.0, own + shared, df, of_images, float(sum(images) - len(images)), np.sqrt(seeds * (own + shared)))
+    of_trainings = float((share * (spread.seed**2 + spread.rest**2 / images)).sum() + spread.compensator**2) / seeds
+    df = (seeds - 1) * (1 if tied else len(images))
+    trainings = (Part(of_trainings, df),) if seeds > 1 else ()
+    return Contrast(0.0, trainings, Part(of_images, float(sum(images) - len(images))))

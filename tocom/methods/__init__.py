@@ -12,6 +12,9 @@ PARTS: dict[str, dict[str, str]] = {
         "tome": "tocom.methods.tome:ToMe",
         "evit": "tocom.methods.evit:EViT",
         "tome_mlp": "tocom.methods.tome_mlp:ToMeMLP",
+        "pitome": "tocom.methods.pitome:PiToMe",
+        "tofu": "tocom.methods.tofu:ToFu",
+        "diffrate": "tocom.methods.diffrate:DiffRate",
     },
     "tuning": {
         "full": "tocom.methods.full:Full",
@@ -22,6 +25,7 @@ PARTS: dict[str, dict[str, str]] = {
     },
     "compensator": {
         "tocom": "tocom.methods.tocom:ToCom",
+        "widecom": "tocom.methods.widecom:WideCom",
     },
 }
 #: The part of each role that is meant where none is named.

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from tocom.degrees import limit
-from tocom.methods.tome import Matching, ToMe, match, merge
+from tocom.merging import Matching, merge
+from tocom.methods.tome import ToMe, match
 from tocom.parts import Attention, Tokens, gather, ones_like_size
 from tocom.settings import Settings
 
@@ -24,19 +25,12 @@ from tocom.settings import Settings
 DEGREES = 32
 
 
-def positions(matching: Matching, n_tokens: int, prefix: int) -> Tensor:
-    """Return where each token went: its place [B, N] among the N - r tokens that :func:`tocom.methods.tome.merge`
-    leaves."""
-    batch = matching.source.shape[0]
-    device = matching.source.device
-    in_a, in_b = (prefix + 1) // 2, prefix // 2
-    head, odd = torch.arange(prefix, device=device), torch.arange(1, n_tokens, 2, device=device)
-    # The order of what is left, by original index, is the one that merge() documents.
-    left = torch.cat([head.expand(batch, -1), matching.kept[:, in_a:], odd[in_b:].expand(batch, -1)], dim=1)
-    places = torch.arange(left.shape[1], device=device).expand(batch, -1)
-    first_b = left.shape[1] - len(odd)  # what is left ends with B, less its tokens of the prefix
-    result = torch.empty(batch, n_tokens, dtype=torch.long, device=device).scatter_(1, left, places)
-    return result.scatter_(1, matching.source, matching.target + first_b)
+def positions(matching: Matching) -> Tensor:
+    """Return where each token went: its place [B, N] among the N - r tokens that :func:`tocom.merging.merge` leaves."""
+    left, source = matching.left, matching.source
+    places = torch.arange(left.shape[1], device=left.device).expand_as(left)
+    result = left.new_empty(left.shape[0], left.shape[1] + source.shape[1]).scatter_(1, left, places)
+    return result.scatter_(1, source, matching.target + matching.kept.shape[1])
 
 
 class ToMeMLP(ToMe):
@@ -69,6 +63,6 @@ class ToMeMLP(ToMe):
         if count <= 0:
             return x, lambda merged: merged
         matching = match(attention.k.detach().mean(dim=1), count, prefix)
-        merged, _ = merge(x, ones_like_size(x), matching, prefix)
-        where = positions(matching, x.shape[1], prefix)
+        merged, _ = merge(x, ones_like_size(x), matching)
+        where = positions(matching)
         return merged, lambda merged: gather(merged, where)

@@ -194,7 +194,7 @@ def _train(
         objective.eval()
         mine = distributed.share(list(zip(chunks, trials, strict=False)))
         with autocast(settings.precision, device):
-            losses = [objective.set(trial)(normalise(chunk, model)).cpu() for chunk, trial in mine]
+            losses = [objective.set(trial).held_out(normalise(chunk, model)).cpu() for chunk, trial in mine]
         return (-float(torch.stack(distributed.gather(losses)).mean()),)
 
     before = -score()[0]

@@ -1,0 +1,66 @@
+"""What methods that merge tokens share: cosines, which token goes into which, and the average weighted by size."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tocom.parts import gather, widen
+
+
+class Matching(NamedTuple):
+    """Which tokens merge into which, as positions in the sequence; together they are all tokens.
+
+    Attributes:
+        source: tokens that merge [B, r]. target: what each merges into, as an index into ``receiver`` [B, r].
+        kept: tokens that neither merge nor receive, the prefix first [B, K]. receiver: tokens that may receive [B, M].
+    """
+
+    source: Tensor
+    target: Tensor
+    kept: Tensor
+    receiver: Tensor
+
+    @property
+    def left(self) -> Tensor:
+        """The tokens that are left, in the order in which they go on [B, K + M]."""
+        return torch.cat([self.kept, self.receiver], dim=1)
+
+
+def directions(metric: Tensor) -> Tensor:
+    """Return what tokens are compared by [B, N, C] with a length of 1, in float32 at least."""
+    return F.normalize(widen(metric), dim=-1)
+
+
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Return the cosine of each of the directions a [B, N, C] with each of b [B, M, C] -> [B, N, M].
+
+    They are computed in float32 at least, under autocast too: in bfloat16 those close to 1 would tie.
+    """
+    available = torch.amp.is_autocast_available(a.device.type)  # the meta device has none
+    with torch.autocast(a.device.type, enabled=False) if available else contextlib.nullcontext():
+        return a @ b.transpose(-1, -2)
+
+
+def merge(x: Tensor, size: Tensor, matching: Matching) -> tuple[Tensor, Tensor]:
+    """Average matched tokens, weighted by size; the sums are taken in float32 at least.
+
+    Args:
+        x: tokens [B, N, D]. size: [B, N, 1].
+
+    Returns:
+        Tokens [B, N - r, D] and sizes [B, N - r, 1], both of x's type, in the order of ``matching.left``.
+    """
+    wide = widen(size)
+    mass = torch.cat([x * wide, wide], dim=-1)  # one pass sums values and sizes alike
+    given = gather(mass, matching.source)
+    target = matching.target.unsqueeze(-1).expand_as(given)
+    received = gather(mass, matching.receiver).scatter_add(1, target, given)
+    mass = torch.cat([gather(mass, matching.kept), received], dim=1)
+    # Sizes do not depend on any parameter; an attention mask with a gradient would rule out the fused kernel.
+    size = mass[..., -1:].detach()
+    return (mass[..., :-1] / size).to(x.dtype), size.to(x.dtype)

@@ -1,0 +1,134 @@
+"""WideCom: a compensator that changes every layer of a block, and is learned by features (ours; docs/methods).
+
+Wide, as it changes all that a block consists of: each linear layer by a low-rank update for every step of one degree,
+as ToCom does with q and v alone, and each bias and each norm's weight and bias by a vector for every step. It learns to
+give what the teacher classifies, the normed class token: a new task goes on from that, and not from the old classes.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field, field_validator, model_validator
+from torch import nn
+
+from tocom.distillation import FeatureMatching
+from tocom.parts import Shape
+from tocom.settings import Fraction
+from tocom.steps import QKV, LowRank, StepCompensator, StepOptions, Vectors, draw_low_rank, each_once
+from tocom.vit import CompressedViT
+
+#: The linear layers that can be changed; those of the fused qkv layer are parts of it.
+LAYERS = (*QKV, "proj", "fc1", "fc2")
+#: The name of each layer in a block.
+MODULES = dict.fromkeys(QKV, "attn.qkv") | {"proj": "attn.proj", "fc1": "mlp.fc1", "fc2": "mlp.fc2"}
+#: The vectors that can be changed: biases of linear layers, norms of the blocks, the norm after the last block.
+VECTORS = ("biases", "norms", "last_norm")
+
+
+class WideComOptions(StepOptions):
+    """Options of :class:`WideCom`."""
+
+    layers: tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...] = Field(
+        LAYERS, description="linear layers that get a low-rank update"
+    )
+    vectors: tuple[Literal["biases", "norms", "last_norm"], ...] = Field(
+        VECTORS,
+        description="what gets a vector: the biases of these layers, weight and bias of the norms in the blocks, and of"
+        " the norm after the last block",
+    )
+    vector_rate: float = Field(
+        1.0, gt=0, description="factor on the vectors, and so on their learning rate, that of low-rank updates being 1"
+    )
+    feature: float = Field(1.0, ge=0, description="weight of the error of the features (relative mean square)")
+    kl: float = Field(0.0, ge=0, description="weight of the divergence of the logits (nats)")
+    dropout: Fraction = Field(0.0, description="dropout on the bottleneck while it is learned")
+    mlp_ratio: float = Field(4.0, gt=0, description="width of the backbone's MLPs over that of the backbone")
+
+    @field_validator("layers")
+    @classmethod
+    def _layers_in_order(cls, value):
+        return each_once(value, LAYERS, "layers")
+
+    @field_validator("vectors")
+    @classmethod
+    def _vectors_in_order(cls, value):
+        return each_once(value, VECTORS, "vectors")
+
+    @model_validator(mode="after")
+    def _something_to_learn(self):
+        if not self.layers and not self.vectors:
+            raise ValueError("layers and vectors are both empty; give one of them something to change")
+        if not self.feature and not self.kl:
+            raise ValueError("feature and kl are both 0, so there is no loss; raise one")
+        return self
+
+
+class WideCom(StepCompensator):
+    """Low-rank updates of linear layers, and vectors for biases and norms.
+
+    Attributes:
+        down, up: by layer (that of q, k and v is ``qkv``), as in :class:`tocom.steps.LowRank`.
+        vector: by kind of vector (``norm1_weight``) [depth, steps, length], zero at the start.
+    """
+
+    Options = WideComOptions
+    title = "WideCom"
+    reference = "docs/methods/widecom.md"
+    trains = "for every step of one degree, low-rank updates of all linear layers, and vectors for biases and norms"
+    needs = "the backbone's pre-training images, no labels"
+
+    def __init__(self, options: WideComOptions | None = None, shape: Shape | None = None, max_degree: int = 1):
+        super().__init__(options, shape, max_degree)
+        dim, hidden = shape.dim, round(shape.dim * self.options.mlp_ratio)
+        sizes = {"attn.qkv": (dim, dim), "attn.proj": (dim, dim), "mlp.fc1": (dim, hidden), "mlp.fc2": (hidden, dim)}
+        self.down, self.up, self.vector = (nn.ParameterDict() for _ in range(3))
+        for module, layers in self._chosen().items():
+            drawn = draw_low_rank(shape, len(layers), self.steps, self.options.rank, *sizes[module])
+            self.down[_key(module)], self.up[_key(module)] = drawn
+        lengths = {f"{module}.bias": n_out for module, (_, n_out) in sizes.items()} | {"attn.qkv.bias": 3 * dim}
+        names = list(lengths) if "biases" in self.options.vectors else []
+        if "norms" in self.options.vectors:
+            names += [f"{norm}.{kind}" for norm in ("norm1", "norm2") for kind in ("weight", "bias")]
+        for name in names:
+            self.vector[_key(name)] = torch.zeros(shape.depth, self.steps, lengths.get(name, dim))
+        if "last_norm" in self.options.vectors:
+            for kind in ("weight", "bias"):
+                self.vector[f"last_{kind}"] = torch.zeros(1, self.steps, dim)
+        self._names = {_key(name): name for name in names}
+
+    def _chosen(self) -> dict[str, list[str]]:
+        """Return the name of a linear layer in a block -> which of its layers are updated."""
+        chosen = self.options.layers
+        found = dict.fromkeys(MODULES[layer] for layer in chosen)
+        return {module: [layer for layer in chosen if MODULES[layer] == module] for module in found}
+
+    def low_rank(self) -> dict[str, LowRank]:
+        """Return the updates of the linear layers."""
+        result = {}
+        for module, layers in self._chosen().items():
+            updated, parts = ((0,), 1) if module != "attn.qkv" else (tuple(map(QKV.index, layers)), len(QKV))
+            result[module] = LowRank(self.down[_key(module)], self.up[_key(module)], updated, parts)
+        return result
+
+    def vectors(self) -> dict[str, Vectors]:
+        """Return the changes of biases and norms."""
+        result, rate, last = {}, self.options.vector_rate, self.shape.depth - 1
+        for key, values in self.vector.items():
+            if key in self._names:
+                for block in range(self.shape.depth):
+                    result[f"blocks.{block}.{self._names[key]}"] = Vectors(values, block, block, rate)
+            else:
+                result[f"norm.{key.removeprefix('last_')}"] = Vectors(values, 0, last, rate)
+        return result
+
+    def objective(self, teacher: CompressedViT, student: CompressedViT, whole: bool) -> FeatureMatching:
+        """Match features between two degrees that are drawn for every step."""
+        self.fit_beside(student)
+        return FeatureMatching(teacher, student, self, whole, self.options.feature, self.options.kl)
+
+
+def _key(name: str) -> str:
+    """Return the name of a module or parameter as a key, without dots."""
+    return name.removeprefix("attn.").removeprefix("mlp.").replace(".", "_")
