@@ -1,9 +1,10 @@
 """Set a mixed-effects logistic model beside the test that tables use, at the primary endpoint of a study that was run.
 
-    python scripts/mixed_model.py results/demo 300
+python scripts/mixed_model.py results/demo 300
 
-The number is of test images a task, the first ones: the model has two effects for every image, which takes time. Whether an image is right, with normal effects on its log-odds: of the image, and of the image, the training (of a seed
-on a task) and the compensator (of a seed) on what the second method changes; fitted by variational Bayes (statsmodels).
+The number is of test images a task: the model has two effects for every image, which takes time. Whether
+an image is right, with normal effects on its log-odds: of the image, and of the image, the training (of a seed on a
+task) and the compensator (of a seed) on what the second method changes; fitted by variational Bayes (statsmodels).
 """
 
 from __future__ import annotations

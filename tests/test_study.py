@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.small import refusal
@@ -173,6 +173,7 @@ def test_the_endpoint_is_what_the_study_has():
     assert "endpoint.compare" in refusal(parse_study, changed(endpoint={"compare": ["random_degree", "tome"]}))
 
 
+@settings(deadline=None)
 @given(st.integers(1, 30))
 def test_jobs_share_out_every_checkpoint_once(size):
     study = parse_study(changed(checkpoints_per_job=size))
