@@ -68,17 +68,16 @@ class Vectors(NamedTuple):
     """Changes of one bias, or of one weight or bias of a norm.
 
     Attributes:
-        values: [n, steps, length]. row: which of the n. block: whose degree counts. rate: factor on the values.
+        values: [n, steps, length]. row: which of the n. block: whose degree counts.
     """
 
     values: Tensor
     row: int
     block: int
-    rate: float = 1.0
 
     def sum(self, coefficients: Tensor, steps: slice = slice(None)) -> Tensor:
         """Sum the changes of some steps with coefficients [steps] -> [length]."""
-        return (self.rate * coefficients) @ self.values[self.row, steps]
+        return coefficients @ self.values[self.row, steps]
 
 
 def draw_low_rank(shape: Shape, parts: int, steps: int, rank: int, n_in: int, n_out: int) -> tuple[Tensor, Tensor]:

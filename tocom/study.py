@@ -319,12 +319,12 @@ class Endpoint(Settings):
 
 
 class ExpectedSpread(Settings):
-    """Standard deviations of a gain, in points, that a study is planned with; a study that was run prints its own."""
+    """Standard deviations of a gain, in points, that a study is planned with: about the demo's; each prints its own."""
 
-    image: Annotated[float, Field(ge=0)] = Field(20.0, description="of an image, whatever the training")
-    seed: Annotated[float, Field(ge=0)] = Field(1.5, description="of a training, on one task")
+    image: Annotated[float, Field(ge=0)] = Field(10.0, description="of an image, whatever the training")
+    seed: Annotated[float, Field(ge=0)] = Field(2.0, description="of a training, on one task")
     compensator: Annotated[float, Field(ge=0)] = Field(1.0, description="of what is learned once for all tasks")
-    rest: Annotated[float, Field(ge=0)] = Field(25.0, description="of an image under a training")
+    rest: Annotated[float, Field(ge=0)] = Field(33.0, description="of an image under a training")
 
 
 class AnalysisSettings(Settings):

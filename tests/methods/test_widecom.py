@@ -64,7 +64,6 @@ def by_hand(part, block, name, m, n):
             change = torch.cat(pieces)
         else:
             change = part.vector[name.removeprefix("attn.").removeprefix("mlp.").replace(".", "_")][block, i]
-            change = part.options.vector_rate * change
         total = total + sign * change / step
     return total
 
@@ -75,7 +74,7 @@ def by_hand(part, block, name, m, n):
 @given(m=degrees, n=degrees, step=st.sampled_from([1, 4]), rank=st.integers(1, 3), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=40)
 def test_every_change_is_the_sum_of_its_steps(m, n, step, rank, seed):
-    part = widecom(depth=2, dim=4, seed=seed, step=step, rank=rank, vector_rate=0.5)
+    part = widecom(depth=2, dim=4, seed=seed, step=step, rank=rank)
     deltas = part.deltas(m, n)
     names = [f"blocks.{block}.{name}" for block in range(2) for name in MATRICES + BIASES + BLOCK_NORMS]
     assert set(deltas) == {*names, "norm.weight", "norm.bias"}
@@ -85,7 +84,7 @@ def test_every_change_is_the_sum_of_its_steps(m, n, step, rank, seed):
         torch.testing.assert_close(deltas[name], expected, rtol=0, atol=1e-12)
     for kind in ("weight", "bias"):
         steps = part.vector[f"last_{kind}"][0].repeat_interleave(step, 0)[min(m, n) : max(m, n)]
-        expected = (1 if n > m else -1) * 0.5 * steps.sum(0) / step
+        expected = (1 if n > m else -1) * steps.sum(0) / step
         torch.testing.assert_close(deltas[f"norm.{kind}"], expected, rtol=0, atol=1e-12)
 
 
@@ -153,7 +152,7 @@ def test_only_what_is_chosen_changes_and_by_the_scaled_sum(make_vit, options, in
 @pytest.mark.parametrize(("m", "n"), [(0, 4), (5, 1), (3, 3)])
 @torch.no_grad()
 def test_beside_the_weights_it_is_what_it_is_folded_in(family, images, m, n):
-    part = widecom(trained_scale=0.5, step=2, vectors=for_family(family), vector_rate=0.3)
+    part = widecom(trained_scale=0.5, step=2, vectors=for_family(family))
     student = beside(family, part, m, n)
     logits = student(images)
     part.between(m, n, whole=True)

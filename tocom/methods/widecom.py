@@ -1,4 +1,4 @@
-"""WideCom: a compensator that changes every layer of a block, and is learned by features (ours; docs/methods).
+"""WideCom: a compensator of our own that changes every layer of a block (docs/methods/widecom.md).
 
 Wide, as it changes all that a block consists of: each linear layer by a low-rank update for every step of one degree,
 as ToCom does with q and v alone, and each bias and each norm's weight and bias by a vector for every step. It learns to
@@ -37,9 +37,6 @@ class WideComOptions(StepOptions):
         VECTORS,
         description="what gets a vector: the biases of these layers, weight and bias of the norms in the blocks, and of"
         " the norm after the last block",
-    )
-    vector_rate: float = Field(
-        1.0, gt=0, description="factor on the vectors, and so on their learning rate, that of low-rank updates being 1"
     )
     feature: float = Field(1.0, ge=0, description="weight of the error of the features (relative mean square)")
     kl: float = Field(0.0, ge=0, description="weight of the divergence of the logits (nats)")
@@ -114,13 +111,13 @@ class WideCom(StepCompensator):
 
     def vectors(self) -> dict[str, Vectors]:
         """Return the changes of biases and norms."""
-        result, rate, last = {}, self.options.vector_rate, self.shape.depth - 1
+        result, last = {}, self.shape.depth - 1
         for key, values in self.vector.items():
             if key in self._names:
                 for block in range(self.shape.depth):
-                    result[f"blocks.{block}.{self._names[key]}"] = Vectors(values, block, block, rate)
+                    result[f"blocks.{block}.{self._names[key]}"] = Vectors(values, block, block)
             else:
-                result[f"norm.{key.removeprefix('last_')}"] = Vectors(values, 0, last, rate)
+                result[f"norm.{key.removeprefix('last_')}"] = Vectors(values, 0, last)
         return result
 
     def objective(self, teacher: CompressedViT, student: CompressedViT, whole: bool) -> FeatureMatching:
