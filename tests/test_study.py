@@ -163,7 +163,7 @@ def test_the_endpoint_is_what_the_study_has():
     assert (found.before, found.after, found.scope.name, found.point.train, found.point.infer) == (
         *("tocom", "random_degree", "digits", "10", 12),
     )
-    widest = endpoint(parse_study(changed()))
+    widest = endpoint(parse_study(changed(tasks=["digits", "rotation"])))
     assert (widest.scope.name, widest.point.train, widest.point.infer) == ("all tasks", "0", 14)
     assert endpoint(parse_study(changed(compare=[]))) is None
     for key, value in {"tasks": "letters", "train_degree": 3, "infer_degree": 9, "backbone": "b"}.items():
