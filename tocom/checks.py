@@ -36,7 +36,7 @@ def _other_reference(study: Study) -> Iterator[str]:
     if path.is_file() and read_study(path) != study:
         yield (
             f"{study.root} holds the reference run of another config of this name; give yours a name of its own"
-            f" (`study:`), or remove {path.parent} if it is this config that has changed"
+            f" (`study:`), or remove {study.root} if it is this config that has changed"
         )
 
 
