@@ -17,7 +17,7 @@ from scipy import stats as distributions
 from tocom.analysis import stats
 from tocom.analysis.planned import Point, Scope, endpoint, families, points, train_degrees
 from tocom.analysis.run import Compared, Run
-from tocom.analysis.tables import DECLINED, NOT_PLANNED, NOT_RUN, Table, Text, p_text, score_text, signed
+from tocom.analysis.tables import DECLINED, NOT_PLANNED, NOT_RUN, Table, Text, p_is, score_text, signed
 
 #: Fewer methods or tasks than that have no ranks to test.
 _METHODS, _TASKS = 3, 2
@@ -276,12 +276,6 @@ def images_of(run: Run, scope: Scope, images: float) -> NDArray:
     """Return so many test images [tasks] as they are shared among tasks by what cells.csv counts: images, or pixels."""
     counted = run.cells[run.cells.task.isin(scope.tasks)].astype({"n": float}).groupby("task").n.max()
     return (images * counted / counted.sum()).to_numpy()
-
-
-def p_is(p: float) -> str:
-    """Return a p-value as text says it: "p = 0.0123"."""
-    text = p_text(p)
-    return f"p {text}" if text.startswith("<") else f"p = {text}"
 
 
 def _number(value: float) -> str:

@@ -23,7 +23,7 @@ from tocom.analysis.curves import Curve, curves
 from tocom.analysis.planned import ALL, Scope, endpoint, is_compensated, train_degrees
 from tocom.analysis.run import Run, transfer_methods, transferred
 from tocom.analysis.stats import stars
-from tocom.analysis.tables import DECLINED, NOT_PLANNED, NOT_RUN, gain_text, signed
+from tocom.analysis.tables import DECLINED, NOT_PLANNED, NOT_RUN, gain_text, p_is, signed
 from tocom.settings import PLAIN
 
 #: Metadata without dates, so that the same numbers give the same bytes.
@@ -366,7 +366,7 @@ def rank_diagram(names: Sequence[str], ranks: across.Ranks, tasks: int) -> Figur
     for number, (low, high) in enumerate(joined):
         y = 0.4 + 0.35 * number
         axis.plot([low - beyond, high + beyond], [y, y], color=_EDGE, linewidth=4, solid_capstyle="butt")
-    axis.set_title(f"Mean rank over {tasks} tasks, 1 is the best (Friedman's test: {across.p_is(ranks.p)})")
+    axis.set_title(f"Mean rank over {tasks} tasks, 1 is the best (Friedman's test: {p_is(ranks.p)})")
     return figure
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tocom.analysis.planned import Endpoint
 from tocom.analysis.run import Pair, Run, primary
-from tocom.analysis.tables import p_text
+from tocom.analysis.tables import p_is, p_text
 from tocom.errors import TocomError
 
 
@@ -61,7 +61,7 @@ def _harm(run: Run, end: Endpoint) -> Figure:
         raise TocomError("no mismatch of the primary endpoint's methods is harmless; there is no cost to show")
     row = mine.iloc[-1]
     what = f"its mean cost where a mismatch costs less than {limits.harmless:g} points ({row.n_conditions} conditions)"
-    cost = f"{row.cost:+.2f} points, 95 % interval [{row.low:+.2f}, {row.high:+.2f}], p = {p_text(row.p)}"
+    cost = f"{row.cost:+.2f} points, 95 % interval [{row.low:+.2f}, {row.high:+.2f}], {p_is(row.p)}"
     return Figure(what, cost, f"surely < {limits.margin:g} (p < 0.05)", row.p < 0.05)
 
 

@@ -140,6 +140,12 @@ def p_text(p: float) -> str:
     return "–" if np.isnan(p) else "< 0.0001" if p < 1e-4 else f"{p:.4f}"
 
 
+def p_is(p: float) -> str:
+    """Return a p-value as text says it: "p = 0.0123"."""
+    text = p_text(p)
+    return f"p {text}" if text.startswith("<") else f"p = {text}"
+
+
 def score_text(
     by_seed: pd.Series, planned: int, bold: bool = False, show: Callable[[float], str] = "{:.1f}".format
 ) -> Text:
@@ -169,8 +175,7 @@ def gain_cell(pair: Pair | None, corrected: pd.Series, with_p: bool = False) -> 
         return Text(DECLINED)
     if pair.test is None:
         return Text(signed(pair.gain))
-    p = p_text(corrected[pair.test.name])
-    return Text(gain_text(pair, corrected) + (f", p {p if p.startswith('<') else f'= {p}'}" if with_p else ""))
+    return Text(gain_text(pair, corrected) + (f", {p_is(corrected[pair.test.name])}" if with_p else ""))
 
 
 # --- what captions say ----------------------------------------------------------------------------------------------
