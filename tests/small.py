@@ -1,4 +1,6 @@
-"""A backbone and recipes that train in a second, for tests of the stages and the command line."""
+"""What tests share: a backbone and recipes that train in a second, random tokens, checks of compensators."""
+
+from copy import deepcopy
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from tocom.parts import Tokens
 from tocom.stages.finetune import finetune
 from tocom.stages.learn import learn
 from tocom.study import Checkpoint
+from tocom.vit import CompressedViT
 
 ARCHITECTURE = "vit_tiny_patch16_224"
 KWARGS = {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 41}
@@ -90,3 +93,48 @@ def groups(k, count, prefix):
     for _, a, b in sorted(best, reverse=True)[:count]:
         group[b] |= group.pop(a)
     return [next(g for g in group.values() if token in g) for token in range(n_tokens)]
+
+
+def draw_tokens(n_tokens, seed, batch=2, heads=2, dim=5):
+    """Return random tokens [B, N, D], sizes [B, N, 1] and keys [B, heads, N, 3]."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(batch, n_tokens, dim, generator=generator, dtype=torch.float64)
+    size = torch.randint(1, 5, (batch, n_tokens, 1), generator=generator).double()
+    k = torch.randn(batch, heads, n_tokens, 3, generator=generator, dtype=torch.float64)
+    return x, size, k
+
+
+def beside(model, compensator, m, n, whole=False):
+    """Return a copy of a model at degree n with the change from m beside its frozen weights, as while it is learned."""
+    student = CompressedViT(deepcopy(model))
+    compensator.objective(CompressedViT(deepcopy(model)), student, whole).train(compensator.training).set((m, n))
+    return student
+
+
+@torch.no_grad()
+def check_beside_is_folded(model, compensator, images, m, n, whole, folded):
+    """Assert that a change beside the weights is the change folded in, to absolute tolerances."""
+    student = beside(model, compensator, m, n)
+    logits = student(images)
+    compensator.between(m, n, whole=True)
+    torch.testing.assert_close(student(images), logits, rtol=0, atol=whole)
+    plain = CompressedViT(model, degree=n)(images)
+    assert torch.allclose(logits, plain, rtol=1e-3) == (m == n)
+    vit = CompressedViT(model, degree=m).attach(compensator).set_degree(n)
+    torch.testing.assert_close(vit(images), logits, rtol=0, atol=folded)
+
+
+@torch.no_grad()
+def check_half_precision(make_vit, compensator, images, dtype):
+    """Assert that half precision agrees with float32, folded and beside the weights."""
+    model, compensator, images = make_vit().float(), compensator.float(), images.float()
+    plain = CompressedViT(model, degree=4)(images)
+    exact = CompressedViT(make_vit().float()).attach(compensator).set_degree(4)(images)
+    student = beside(model, compensator, 0, 4)
+    with torch.autocast("cpu", dtype):
+        results = [student(images)]
+    results.append(student.to(dtype)(images.to(dtype)))
+    results.append(CompressedViT(make_vit().to(dtype)).attach(compensator).set_degree(4)(images.to(dtype)))
+    for logits in results:
+        assert logits.dtype == dtype
+        assert (logits - exact).norm() < 0.1 * (plain - exact).norm()

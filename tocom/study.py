@@ -10,6 +10,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
@@ -556,7 +557,13 @@ class Study(Settings):
 
         They share checkpoints.
         """
-        return next(name for name in self.methods if self._tuned(name) == self._tuned(method))
+        return self.first_tuned[method]
+
+    @cached_property
+    def first_tuned(self) -> dict[str, str]:
+        """What :meth:`tuned_as` returns, of every method."""
+        recipes = {name: self._tuned(name) for name in self.methods}
+        return {name: next(first for first in recipes if recipes[first] == recipes[name]) for name in recipes}
 
     def _tuned(self, name: str) -> tuple:
         method = self.methods[name]

@@ -342,20 +342,20 @@ def test_spreads_are_found_again():
         for level in (1.0, 4.0, 7.0):
             errors = rng.normal(0, 20, 300) + shared + rng.normal(0, 1.5, (5, 1)) + rng.normal(0, 10, (5, 300))
             tasks.append(np.stack([np.zeros((5, 300)), level + errors]))
-        found.append(stats.spreads(tasks, [SHARED, SHARED]))
+        found.append(Means.of(tasks, [SHARED, SHARED]).spreads(GAIN))
     squares = np.mean(np.square(found), axis=0)
     for name, square, true in zip(Spreads._fields, squares, (20, 1.5, 2, 10, 3), strict=True):
         assert math.sqrt(square) == pytest.approx(true, rel=0.12), name
-    lone = stats.spreads([tasks[0]], [SHARED, SHARED])
+    lone = Means.of([tasks[0]], [SHARED, SHARED]).spreads(GAIN)
     assert math.isnan(lone.compensator)
     assert math.isnan(lone.task)
-    assert stats.spreads(tasks, [SAME, SAME]).compensator == 0
+    assert Means.of(tasks, [SAME, SAME]).spreads(GAIN).compensator == 0
 
 
 def test_spreads_of_one_task_are_those_of_an_analysis_of_variance():
     task = scattered(np.random.default_rng(12), 4, 30)
     by_seed, by_image, rest = anova(task[1] - task[0])
-    found = stats.spreads([task], [SAME, SAME])
+    found = Means.of([task], [SAME, SAME]).spreads(GAIN)
     assert found.rest == pytest.approx(math.sqrt(rest))
     assert found.image == pytest.approx(math.sqrt((by_image - rest) / 4))
     assert found.seed == pytest.approx(math.sqrt(max((by_seed - rest) / 30, 0)))

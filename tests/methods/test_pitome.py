@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.small import squeeze
+from tests.small import draw_tokens, squeeze
 from tocom import CompressedViT
 from tocom.methods.pitome import PiToMe, PiToMeOptions, match
 from tocom.parts import Attention, Shape, Tokens
@@ -19,14 +19,6 @@ def part(depth=1, **options):
 
 def attention(k):
     return Attention(q=torch.zeros_like(k), k=k, v=k, scale=1.0, bias=None)
-
-
-def draw(n_tokens, seed, batch=2, heads=2, dim=5):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, n_tokens, dim, generator=generator, dtype=torch.float64)
-    size = torch.randint(1, 5, (batch, n_tokens, 1), generator=generator).double()
-    k = torch.randn(batch, heads, n_tokens, 3, generator=generator, dtype=torch.float64)
-    return x, size, k
 
 
 def by_loops(x, sizes, k, count, prefix, margin, alpha, protect):
@@ -70,7 +62,7 @@ def by_loops(x, sizes, k, count, prefix, margin, alpha, protect):
 )
 @settings(deadline=None, max_examples=80)
 def test_merging_is_that_of_the_loops(n_tokens, prefix, count, margin, alpha, protect, seed):
-    x, size, k = draw(n_tokens, seed)
+    x, size, k = draw_tokens(n_tokens, seed)
     prefix = min(prefix, n_tokens - 2)
     merger = part(margin=margin, alpha=alpha, unprotected="none" if protect else "all")
     merged, sizes = squeeze(merger, x, size, count, attention(k), prefix)
@@ -88,7 +80,7 @@ def test_merging_is_that_of_the_loops(n_tokens, prefix, count, margin, alpha, pr
 @given(n_tokens=st.integers(2, 30), prefix=st.integers(0, 5), count=st.integers(0, 20), seed=st.integers(0, 10**6))
 @settings(deadline=None, max_examples=60)
 def test_merging_conserves_mass_and_size(n_tokens, prefix, count, seed):
-    x, size, k = draw(n_tokens, seed)
+    x, size, k = draw_tokens(n_tokens, seed)
     for unprotected in ("none", "all"):
         merged, sizes = squeeze(part(unprotected=unprotected), x, size, count, attention(k), prefix)
         assert sizes.sum(dim=1).tolist() == size.sum(dim=1).tolist()
@@ -96,7 +88,7 @@ def test_merging_conserves_mass_and_size(n_tokens, prefix, count, seed):
 
 
 def test_the_order_of_the_patches_does_not_matter():
-    x, size, k = draw(20, seed=4)
+    x, size, k = draw_tokens(20, seed=4)
     order = torch.cat([torch.arange(1), 1 + torch.randperm(19, generator=torch.Generator().manual_seed(5))])
     merged, sizes = squeeze(part(), x, size, 6, attention(k), 1)
     other, other_sizes = squeeze(part(), x[:, order], size[:, order], 6, attention(k[:, :, order]), 1)
@@ -105,7 +97,7 @@ def test_the_order_of_the_patches_does_not_matter():
 
 
 def test_patches_that_are_like_no_other_are_left_alone():
-    x, _, k = draw(12, seed=6)
+    x, _, k = draw_tokens(12, seed=6)
     k[:] = torch.tensor([1.0, 0, 0]) + 0.01 * k
     k[:, :, 3], k[:, :, 8] = torch.tensor([0, 1.0, 0]), torch.tensor([0, 0, 1.0])
     merged, sizes = squeeze(part(), x, None, 4, attention(k), 1)
@@ -117,7 +109,7 @@ def test_patches_that_are_like_no_other_are_left_alone():
 @pytest.mark.parametrize("unprotected", ["none", "all"])
 @pytest.mark.parametrize("prefix", [1, 2, 5], ids="prefix{}".format)
 def test_the_prefix_neither_merges_nor_receives_even_if_it_is_most_similar(prefix, unprotected):
-    x, _, k = draw(14, seed=5)
+    x, _, k = draw_tokens(14, seed=5)
     k[:, :, : prefix + 4] = k[:, :, :1]  # the prefix and four patches have one and the same key
     merged, sizes = squeeze(part(unprotected=unprotected), x, None, 100, attention(k), prefix)
     torch.testing.assert_close(merged[:, :prefix], x[:, :prefix], rtol=0, atol=0)
@@ -125,7 +117,7 @@ def test_the_prefix_neither_merges_nor_receives_even_if_it_is_most_similar(prefi
 
 
 def test_equal_patches_merge_in_the_order_of_their_positions():
-    x, _, k = draw(7, seed=7, batch=1)
+    x, _, k = draw_tokens(7, seed=7, batch=1)
     k[:] = torch.tensor([1.0, 0, 0])
     merged, sizes = squeeze(part(), x, None, 2, attention(k), 1)
     expected = torch.stack([x[0, 0], x[0, 5], x[0, 6], x[0, 1:4].mean(dim=0), x[0, 4]])
@@ -144,7 +136,7 @@ def test_the_margin_falls_with_depth_and_half_of_the_blocks_may_be_unprotected()
 
 
 def test_a_block_merges_by_its_own_margin():
-    x, _, k = draw(16, seed=1)
+    x, _, k = draw_tokens(16, seed=1)
     merger = part(4)
     for block in range(4):
         merged = merger.compress(Tokens(x, None, 4, block, 1), attention(k)).x
@@ -153,7 +145,7 @@ def test_a_block_merges_by_its_own_margin():
 
 
 def test_merging_passes_gradients_to_the_tokens_but_not_to_the_keys():
-    x, size, k = draw(9, seed=11)
+    x, size, k = draw_tokens(9, seed=11)
     x.requires_grad_()
     k.requires_grad_()
     squeeze(part(), x, size, 3, attention(k), 1)[0].sum().backward()

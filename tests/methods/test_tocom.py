@@ -2,7 +2,6 @@
 
 import os
 import pickle
-from copy import deepcopy
 from fractions import Fraction
 
 import pytest
@@ -12,7 +11,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from timm.layers import Attention
 
-from tests.small import refusal
+from tests.small import beside, check_beside_is_folded, check_half_precision, refusal
 from tocom.errors import TocomError
 from tocom.files import load_tensors, save_tensors
 from tocom.methods.tocom import ToCom
@@ -26,13 +25,6 @@ seeds = st.integers(0, 10**6)
 
 def weights(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def beside(model, compensator, m, n):
-    """Return a copy of a model at degree n with the update from m beside its frozen weights, as while it is learned."""
-    student = CompressedViT(deepcopy(model))
-    compensator.objective(CompressedViT(deepcopy(model)), student, False).train(compensator.training).set((m, n))
-    return student
 
 
 def tocom(depth=1, dim=4, max_degree=2, **options):
@@ -113,33 +105,14 @@ def test_degrees_inside_a_step_are_interpolated_and_the_last_step_may_be_cut_off
 
 
 @pytest.mark.parametrize(("m", "n"), [(0, 4), (5, 1), (3, 3)])
-@torch.no_grad()
 def test_the_update_beside_the_weights_is_the_update_folded_in(family, images, make_compensator, m, n):
     compensator = make_compensator(trained_scale=0.5, projections=("k", "q", "v")[m % 2 :], step=2)
-    student = beside(family, compensator, m, n)
-    logits = student(images)
-    compensator.between(m, n, whole=True)
-    torch.testing.assert_close(student(images), logits, rtol=0, atol=1e-12)
-    plain = CompressedViT(family, degree=n)(images)
-    assert torch.allclose(logits, plain, rtol=1e-3) == (m == n)
-    folded = CompressedViT(family, degree=m).attach(compensator).set_degree(n)
-    torch.testing.assert_close(folded(images), logits, rtol=0, atol=1e-10)
+    check_beside_is_folded(family, compensator, images, m, n, whole=1e-12, folded=1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@torch.no_grad()
 def test_half_precision_agrees_with_float32_folded_and_beside(make_vit, images, make_compensator, dtype):
-    model, compensator, images = make_vit().float(), make_compensator().float(), images.float()
-    plain = CompressedViT(model, degree=4)(images)
-    exact = CompressedViT(make_vit().float()).attach(compensator).set_degree(4)(images)
-    student = beside(model, compensator, 0, 4)
-    with torch.autocast("cpu", dtype):
-        results = [student(images)]
-    results.append(student.to(dtype)(images.to(dtype)))
-    results.append(CompressedViT(make_vit().to(dtype)).attach(compensator).set_degree(4)(images.to(dtype)))
-    for logits in results:
-        assert logits.dtype == dtype
-        assert (logits - exact).norm() < 0.1 * (plain - exact).norm()
+    check_half_precision(make_vit, make_compensator(), images, dtype)
 
 
 def test_a_compiled_student_has_the_same_logits_and_gradients(make_vit, images, make_compensator):

@@ -5,21 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.small import squeeze
+from tests.small import draw_tokens, squeeze
 from tocom.methods.tome import ToMe
 from tocom.parts import Attention
 
 
 def tome(x, size, count, k, prefix):
     return squeeze(ToMe(), x, size, count, Attention(q=torch.zeros_like(k), k=k, v=k, scale=1.0, bias=None), prefix)
-
-
-def draw(n_tokens, seed, batch=2, heads=2, dim=5):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(batch, n_tokens, dim, generator=generator, dtype=torch.float64)
-    size = torch.randint(1, 5, (batch, n_tokens, 1), generator=generator).double()
-    k = torch.randn(batch, heads, n_tokens, 3, generator=generator, dtype=torch.float64)
-    return x, size, k
 
 
 def check_against_loops(loop_merge, x, size, k, count, prefix):
@@ -37,22 +29,22 @@ def check_against_loops(loop_merge, x, size, k, count, prefix):
 @pytest.mark.parametrize("n_tokens", [16, 17], ids="tokens{}".format)
 @pytest.mark.parametrize("count", [1, 100], ids="count{}".format)
 def test_merging_is_that_of_the_loops_when_all_sizes_are_one(loop_merge, prefix, n_tokens, count):
-    x, _, k = draw(n_tokens, seed=prefix)
+    x, _, k = draw_tokens(n_tokens, seed=prefix)
     check_against_loops(loop_merge, x, None, k, count, prefix)
 
 
 @given(n_tokens=st.integers(7, 20), prefix=st.integers(0, 5), count=st.integers(1, 12), seed=st.integers(0, 10**6))
 @settings(deadline=None, max_examples=60)
 def test_merging_is_that_of_the_loops_for_tokens_that_stand_for_several(loop_merge, n_tokens, prefix, count, seed):
-    x, size, k = draw(n_tokens, seed)
+    x, size, k = draw_tokens(n_tokens, seed)
     check_against_loops(loop_merge, x, size, k, count, prefix)
 
 
 @pytest.mark.parametrize("prefix", [0, 1, 2, 5], ids="prefix{}".format)
 def test_two_successive_merges_are_those_of_the_loops(loop_merge, prefix):
-    x, _, k = draw(21, seed=3)
+    x, _, k = draw_tokens(21, seed=3)
     x, size = check_against_loops(loop_merge, x, None, k, 5, prefix)
-    _, _, k = draw(16, seed=4)
+    _, _, k = draw_tokens(16, seed=4)
     _, size = check_against_loops(loop_merge, x, size, k, 4, prefix)
     assert size.max() > 2
 
@@ -60,7 +52,7 @@ def test_two_successive_merges_are_those_of_the_loops(loop_merge, prefix):
 @given(n_tokens=st.integers(2, 30), prefix=st.integers(0, 5), count=st.integers(0, 20), seed=st.integers(0, 10**6))
 @settings(deadline=None, max_examples=60)
 def test_merging_conserves_mass_and_size(n_tokens, prefix, count, seed):
-    x, size, k = draw(n_tokens, seed)
+    x, size, k = draw_tokens(n_tokens, seed)
     merged, merged_size = tome(x, size, count, k, prefix)
     assert merged_size.sum(dim=1).tolist() == size.sum(dim=1).tolist()
     torch.testing.assert_close((merged * merged_size).sum(dim=1), (x * size).sum(dim=1))
@@ -68,7 +60,7 @@ def test_merging_conserves_mass_and_size(n_tokens, prefix, count, seed):
 
 @pytest.mark.parametrize("prefix", [1, 2, 5], ids="prefix{}".format)
 def test_the_prefix_neither_merges_nor_receives_even_if_it_is_most_similar(prefix):
-    x, _, k = draw(14, seed=5)
+    x, _, k = draw_tokens(14, seed=5)
     k[:, :, : prefix + 4] = k[:, :, :1]  # the prefix and four patches have one and the same key
     merged, size = tome(x, None, 100, k, prefix)
     torch.testing.assert_close(merged[:, :prefix], x[:, :prefix], rtol=0, atol=0)
@@ -76,7 +68,7 @@ def test_the_prefix_neither_merges_nor_receives_even_if_it_is_most_similar(prefi
 
 
 def test_merging_passes_gradients_to_the_tokens_but_not_to_the_keys():
-    x, size, k = draw(9, seed=11)
+    x, size, k = draw_tokens(9, seed=11)
     x.requires_grad_()
     k.requires_grad_()
     tome(x, size, 3, k, 1)[0].sum().backward()

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.small import build, refusal
+from tests.small import beside, build, check_beside_is_folded, check_half_precision, refusal
 from tocom.distillation import FeatureMatching, distillation_loss, feature_loss
 from tocom.errors import TocomError
 from tocom.parts import Shape, make_part
@@ -29,13 +29,6 @@ def widecom(depth=3, dim=24, max_degree=STEPS, seed=0, fresh=False, **options):
         if not fresh:
             parameter.copy_((1 if name.startswith("down") else 0.1) * torch.randn(parameter.shape, generator=generator))
     return result.double().eval()
-
-
-def beside(model, compensator, m, n, whole=False):
-    """Return a copy of a model at degree n with the changes from m beside its weights, as while it is learned."""
-    student = CompressedViT(deepcopy(model))
-    compensator.objective(CompressedViT(deepcopy(model)), student, whole).train(compensator.training).set((m, n))
-    return student
 
 
 def for_family(model):
@@ -150,33 +143,14 @@ def test_only_what_is_chosen_changes_and_by_the_scaled_sum(make_vit, options, in
 
 
 @pytest.mark.parametrize(("m", "n"), [(0, 4), (5, 1), (3, 3)])
-@torch.no_grad()
 def test_beside_the_weights_it_is_what_it_is_folded_in(family, images, m, n):
     part = widecom(trained_scale=0.5, step=2, vectors=for_family(family))
-    student = beside(family, part, m, n)
-    logits = student(images)
-    part.between(m, n, whole=True)
-    torch.testing.assert_close(student(images), logits, rtol=0, atol=1e-11)
-    plain = CompressedViT(family, degree=n)(images)
-    assert torch.allclose(logits, plain, rtol=1e-3) == (m == n)
-    folded = CompressedViT(family, degree=m).attach(part).set_degree(n)
-    torch.testing.assert_close(folded(images), logits, rtol=0, atol=1e-9)
+    check_beside_is_folded(family, part, images, m, n, whole=1e-11, folded=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@torch.no_grad()
 def test_half_precision_agrees_with_float32_folded_and_beside(make_vit, images, dtype):
-    model, part, images = make_vit().float(), widecom().float(), images.float()
-    plain = CompressedViT(model, degree=4)(images)
-    exact = CompressedViT(make_vit().float()).attach(part).set_degree(4)(images)
-    student = beside(model, part, 0, 4)
-    with torch.autocast("cpu", dtype):
-        results = [student(images)]
-    results.append(student.to(dtype)(images.to(dtype)))
-    results.append(CompressedViT(make_vit().to(dtype)).attach(part).set_degree(4)(images.to(dtype)))
-    for logits in results:
-        assert logits.dtype == dtype
-        assert (logits - exact).norm() < 0.1 * (plain - exact).norm()
+    check_half_precision(make_vit, widecom(), images, dtype)
 
 
 def test_a_compiled_objective_has_the_same_loss_and_gradients(make_vit, images):

@@ -7,7 +7,6 @@ tasks, at every pair of a train and an inference degree; see docs/statistics.md 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -107,15 +106,6 @@ class Models:
     def __init__(self, study, records: dict[Condition, BySeed]):
         self.study, self.records, self.metric = study, records, METRICS[study.metric]
 
-    @cached_property
-    def _shared(self) -> dict[str, bool]:
-        """Whether a part that is learned once for all tasks takes part in a method."""
-        return {name: self.study.learns(name) for name in self.study.methods}
-
-    @cached_property
-    def _tuned(self) -> dict[str, str]:
-        return {name: self.study.tuned_as(name) for name in self.study.methods}
-
     def compared(self, backbone: str, before: str, after: str, scope: Scope, point: Point) -> dict:
         """Return the columns of a comparison, or none of them where no seed has all it takes."""
         both = (before, point.before, point.infer), (after, point.after, point.infer)
@@ -124,7 +114,7 @@ class Models:
             return {}
         trained = self.trained(both)
         means = stats.Means.of(tasks, trained)
-        gain, spreads = means.contrast(_GAIN), stats.spreads(tasks, trained)
+        gain, spreads = means.contrast(_GAIN), means.spreads(_GAIN)
         low, high = gain.interval()
         matched = before, str(point.infer), point.infer
         return {
@@ -194,8 +184,8 @@ class Models:
 
     def trained(self, conditions: Iterable[tuple[str, str, int]]) -> list[stats.Trained]:
         """Return of which trainings each (method, train degree, inference degree) is."""
-        by = [(self._tuned[method], train) for method, train, _ in conditions]
-        shared = {key for key, (method, *_) in zip(by, conditions, strict=True) if self._shared[method]}
+        by = [(self.study.tuned_as(method), train) for method, train, _ in conditions]
+        shared = {key for key, (method, *_) in zip(by, conditions, strict=True) if self.study.learns(method)}
         return [stats.Trained(key, key in shared) for key in by]
 
     def values(self, backbone: str, tasks: Iterable[str], conditions: Iterable[tuple[str, str, int]]) -> list[NDArray]:

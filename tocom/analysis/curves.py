@@ -50,9 +50,14 @@ def curves(run: Run, backbone: str) -> list[Curve]:
     return list({curve.file: curve for curve in reversed([*there])}.values())[::-1]
 
 
+def unit_of(run: Run) -> int:
+    """Return what turns the held-out scores of fine-tunings into percent: accuracy is kept as a share, mIoU is not."""
+    return 100 if run.study.metric == "accuracy" else 1
+
+
 def kept(run: Run) -> pd.DataFrame:
     """Return the validation score in percent of the epoch that every fine-tuning of a study kept, and the last one."""
-    unit = 100 if run.study.metric == "accuracy" else 1  # accuracy is kept as a share, mIoU in percent
+    unit = unit_of(run)
     rows = [
         (backbone, curve.method, curve.train, curve.task, curve.seed, unit * frame.held_out.max(), frame.index.max())
         for backbone in run.backbones

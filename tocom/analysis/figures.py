@@ -19,9 +19,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from tocom.analysis import across
-from tocom.analysis.curves import Curve, curves
-from tocom.analysis.planned import ALL, Scope, endpoint, is_compensated, train_degrees
-from tocom.analysis.run import Run, transfer_methods, transferred
+from tocom.analysis.curves import Curve, curves, unit_of
+from tocom.analysis.planned import ALL, Scope, is_compensated, train_degrees
+from tocom.analysis.run import Run, primary, transfer_methods, transferred
 from tocom.analysis.stats import stars
 from tocom.analysis.tables import DECLINED, NOT_PLANNED, NOT_RUN, gain_text, p_is, signed
 from tocom.settings import PLAIN
@@ -184,12 +184,10 @@ def _line(
 def _point_out_gain(axis, run: Run, backbone: str, row: tuple[Sequence[str], Scope], colours: dict) -> None:
     """Write the gain at the primary endpoint's degrees into its panel."""
     methods, scope = row
-    end = endpoint(run.study)
-    pair = (end.before, end.after) if end else ()
-    here = end and scope == end.scope and set(pair) <= set(methods)
-    found = run.pairs(backbone, pair, scope).get((end.point.train, end.point.infer)) if here else None
-    if found is None or not found.is_run or found.test is None or found.train not in colours:
+    end, found = primary(run, backbone) or (None, None)
+    if end is None or scope != end.scope or found.train not in colours or not {end.before, end.after} <= set(methods):
         return
+    pair = end.before, end.after
     x, colour = _x(run, backbone, pair[1], scope, found.infer), colours[found.train]
     before, after = found.before.mean(), found.after.mean()
     (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
@@ -397,8 +395,7 @@ def _task_panel(axis, run: Run, of_task: Sequence[Curve], markers: dict[str, str
     if losses:
         losses.set(ylabel="training loss")
         losses.grid(visible=False)
-    # Accuracy is kept as a share, mIoU in percent.
-    unit = 100 if run.study.metric == "accuracy" else 1
+    unit = unit_of(run)
     groups: dict[tuple[str, str], list[pd.DataFrame]] = {}
     for curve in of_task:
         groups.setdefault((curve.method, curve.train), []).append(curve.read())

@@ -260,10 +260,14 @@ def _read(path: Path, columns: Sequence[str], **options) -> pd.DataFrame:
     return checked(pd.read_csv(path, dtype=TEXT, **options), columns, path)
 
 
-def primary(run: Run) -> tuple[Endpoint, Pair] | None:
-    """Return the comparison that the study is made for, and what was measured of it; None if that was not run."""
+def primary(run: Run, backbone: str | None = None) -> tuple[Endpoint, Pair] | None:
+    """Return the comparison that the study is made for, and what was measured of it; None if that was not run.
+
+    Args:
+        backbone: to see the same of another backbone.
+    """
     end = endpoint(run.study)
-    pairs = run.pairs(end.backbone, (end.before, end.after), end.scope) if end else {}
+    pairs = run.pairs(backbone or end.backbone, (end.before, end.after), end.scope) if end else {}
     pair = pairs.get((end.point.train, end.point.infer)) if end else None
     return (end, pair) if pair and pair.is_run and pair.test is not None else None
 

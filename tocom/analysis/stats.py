@@ -137,18 +137,43 @@ class Contrast:
         return self.value / self.spread if self.spread > 0 else np.nan
 
 
+class Spreads(NamedTuple):
+    """Standard deviations of a gain, in points, by where they come from.
+
+    Attributes:
+        image: of an image, whatever the training. seed: of a training, on one task.
+        compensator: of what is learned once for all tasks; 0 where nothing is. NaN with one task, where it is in seed.
+        rest: of an image under a training. task: of a task; NaN with one.
+    """
+
+    image: float
+    seed: float
+    compensator: float
+    rest: float
+    task: float
+
+
 @dataclass(frozen=True)
 class Means:
     """The mean scores of K conditions, averaged over seeds and tasks, and the sources of their errors.
 
     Attributes:
-        values: [K], in points. trainings, images: independent sources. seeds: over how many the means are.
+        values: [K], in points. trainings, images: independent sources.
+        trained: of which trainings each condition is. scores: [tasks, K, seeds], of which the means are made.
+        analysed: of each task, what :func:`_analysed` returns, and its images.
     """
 
     values: NDArray
     trainings: tuple[Source, ...]
     images: tuple[Source, ...]
-    seeds: int
+    trained: tuple[Trained, ...]
+    scores: NDArray
+    analysed: tuple[tuple[NDArray, NDArray, int], ...]
+
+    @property
+    def seeds(self) -> int:
+        """Over how many seeds the means are."""
+        return self.scores.shape[2]
 
     @classmethod
     def of(cls, tasks: Sequence[NDArray], trained: Sequence[Trained], weights: ArrayLike | None = None) -> Means:
@@ -160,23 +185,22 @@ class Means:
         """
         weights = np.full(len(tasks), 1 / len(tasks)) if weights is None else np.asarray(weights, dtype=float)
         n_seeds = tasks[0].shape[1]
-        by_seed = np.stack([w * task.mean(axis=2) for w, task in zip(weights, tasks, strict=True)])  # [tasks, K, seeds]
-        parts = [_analysed(task, trained) for task in tasks]
+        scores = np.stack([task.mean(axis=2) for task in tasks])
+        by_seed = weights[:, None, None] * scores
+        analysed = tuple((*_analysed(task, trained), task.shape[2]) for task in tasks)
         images = tuple(
-            Source(w**2 * (between - rest / n_seeds) / task.shape[2], task.shape[2] - 1)
-            for w, task, (between, rest) in zip(weights, tasks, parts, strict=True)
+            Source(w**2 * (between - rest / n_seeds) / n, n - 1)
+            for w, (between, rest, n) in zip(weights, analysed, strict=True)
         )
         values = by_seed.sum(axis=0).mean(axis=1)
-        if n_seeds < 2:
-            return cls(values, (), images, n_seeds)
         trainings = []
-        for one in dict.fromkeys(trained):
+        for one in dict.fromkeys(trained) if n_seeds > 1 else ():
             mine = np.array([other == one for other in trained])
             block = np.outer(mine, mine)
             tied = one.shared and len(tasks) > 1
             draws = by_seed.sum(axis=0, keepdims=True) if tied else by_seed
             trainings += [Source(block * np.atleast_2d(np.cov(draw)) / n_seeds, n_seeds - 1, tied) for draw in draws]
-        return cls(values, tuple(trainings), images, n_seeds)
+        return cls(values, tuple(trainings), images, tuple(trained), scores, analysed)
 
     def contrast(self, weights: ArrayLike) -> Contrast:
         """Return a weighted sum of the means; of two conditions, [-1, 1] is the gain."""
@@ -203,6 +227,24 @@ class Means:
         if variance < 10.0 ** (-2 * _DECIMALS):
             return 1.0 if value < 10.0**-_DECIMALS else np.nan
         return float(2 * stats.t.sf(value / np.sqrt(variance), df))
+
+    def spreads(self, weights: ArrayLike) -> Spreads:
+        """Return the standard deviations behind a weighted sum of the means, of tasks alike, from several seeds."""
+        w, n_tasks = np.asarray(weights, dtype=float), len(self.analysed)
+        rest = np.array([w @ remains @ w for _, remains, _ in self.analysed])
+        image = np.array([w @ between @ w for between, _, _ in self.analysed]) - rest / self.seeds
+        n_images = np.array([n for *_, n in self.analysed])
+        covariance = np.full((n_tasks, n_tasks), np.nan)  # of the tasks' sums by seed
+        if self.seeds > 1:
+            groups = [np.array([other == one for other in self.trained]) for one in dict.fromkeys(self.trained)]
+            covariance = sum(np.atleast_2d(np.cov(np.einsum("k,tks->ts", w * mine, self.scores))) for mine in groups)
+        tied = any(one.shared for one in self.trained)
+        shared = covariance[~np.eye(n_tasks, dtype=bool)].mean() if tied and n_tasks > 1 else 0.0
+        seed = np.diag(covariance).mean() - shared - np.mean(rest / n_images)
+        errors = np.maximum(image / n_images, 0) + (np.diag(covariance) / self.seeds if self.seeds > 1 else 0)
+        task = (self.scores.mean(axis=2) @ w).var(ddof=1) - errors.mean() if n_tasks > 1 else np.nan
+        roots = np.sqrt(np.maximum([image.mean(), seed, shared, rest.mean(), task], 0.0))
+        return Spreads(*roots)._replace(**({"compensator": np.nan} if tied and n_tasks == 1 else {}))
 
     def gap_closed(self) -> tuple[float, float, float]:
         """Return the share of the gap between the first and the third condition that the second one closes.
@@ -373,53 +415,6 @@ def stars(p: float) -> str:
 
 
 # --- sizes of errors, and what can be seen in spite of them -----------------------------------------------------------
-
-
-class Spreads(NamedTuple):
-    """Standard deviations of a gain, in points, by where they come from.
-
-    Attributes:
-        image: of an image, whatever the training. seed: of a training, on one task.
-        compensator: of what is learned once for all tasks; 0 where nothing is. NaN with one task, where it is in seed.
-        rest: of an image under a training. task: of a task; NaN with one.
-    """
-
-    image: float
-    seed: float
-    compensator: float
-    rest: float
-    task: float
-
-
-def spreads(tasks: Sequence[NDArray], trained: Sequence[Trained], weights: ArrayLike = (-1.0, 1.0)) -> Spreads:
-    """Estimate the standard deviations behind a weighted sum of conditions, from several seeds.
-
-    Args:
-        tasks, trained: as :meth:`Means.of` takes them. weights: of the conditions.
-    """
-    w, n_seeds = np.asarray(weights, dtype=float), tasks[0].shape[1]
-    parts = [_analysed(task, trained) for task in tasks]
-    rest = np.array([w @ remains @ w for _, remains in parts])
-    image = np.array([w @ between @ w for between, _ in parts]) - rest / n_seeds
-    sums = [  # of each group of trainings, [tasks, seeds]
-        np.stack([(w * [other == one for other in trained]) @ task.mean(axis=2) for task in tasks])
-        for one in dict.fromkeys(trained)
-    ]
-    covariance = (
-        sum(np.atleast_2d(np.cov(by_seed)) for by_seed in sums) if n_seeds > 1 else np.full((len(tasks),) * 2, np.nan)
-    )
-    shared = covariance[~np.eye(len(tasks), dtype=bool)].mean() if len(tasks) > 1 else 0.0
-    if not any(one.shared for one in trained):
-        shared = 0.0
-    seed = (
-        np.diag(covariance).mean() - shared - np.mean([r / task.shape[2] for r, task in zip(rest, tasks, strict=True)])
-    )
-    gains = np.array([w @ task.mean(axis=(1, 2)) for task in tasks])
-    errors = [Means.of([task], trained).contrast(w).error ** 2 for task in tasks]
-    task = gains.var(ddof=1) - np.mean(errors) if len(tasks) > 1 else np.nan
-    roots = np.sqrt(np.maximum([image.mean(), seed, shared, rest.mean(), task], 0.0))
-    lone = len(tasks) == 1 and any(one.shared for one in trained)
-    return Spreads(*roots)._replace(**({"compensator": np.nan} if lone else {}))
 
 
 #: Quantiles at which the distribution of an estimated variance is taken for power.
