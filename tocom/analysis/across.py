@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from numpy.typing import ArrayLike, NDArray
 from scipy import stats as distributions
 
@@ -60,11 +61,9 @@ def entries(study) -> list[Entry]:
 
 def scores_of(run: Run, backbone: str, scope: Scope, entry: Entry) -> NDArray:
     """Return the scores of an entry under the seeds that have all tasks of a scope."""
-    cells = run.cells
-    mine = (cells.backbone == backbone) & (cells.method == entry.method)
-    mine &= (cells.train_degree == entry.train) & (cells.infer_degree == entry.infer)
-    found = cells[mine].astype({"score": float}).pivot(index="seed", columns="task", values="score")
-    return 100 * found.reindex(columns=list(scope.tasks)).dropna().to_numpy(dtype=float)
+    alone = [Scope(task, (task,), False) for task in scope.tasks]
+    by_task = [run.score(backbone, entry.method, one, entry.train, entry.infer) for one in alone]
+    return pd.concat(by_task, axis=1, join="inner").to_numpy(dtype=float)
 
 
 def measured(run: Run, backbone: str) -> dict[Entry, NDArray]:
