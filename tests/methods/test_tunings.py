@@ -165,6 +165,20 @@ def test_lora_adds_a_scaled_product_to_the_fused_weight_and_merges_into_it(image
     assert not hasattr(merged, "peft_config")
 
 
+@torch.no_grad()
+def test_lora_drops_a_share_of_its_own_input_while_it_trains():
+    tuned = randomise(apply(build(), "lora", rank=3, alpha=6.0, dropout=0.4), seed=7)
+    layer, x = tuned.blocks[1].attn.qkv, torch.randn(2, 17, 24, dtype=torch.float64)
+    down, up = (getattr(layer, part)["default"].weight for part in ("lora_A", "lora_B"))
+    for training in (True, False):
+        layer.train(training)
+        torch.manual_seed(1)
+        output = layer(x)
+        torch.manual_seed(1)
+        expected = layer.base_layer(x) + 2 * F.dropout(x, 0.4, training) @ down.T @ up.T
+        torch.testing.assert_close(output, expected)
+
+
 def test_a_lora_update_that_is_not_finite_is_refused():
     model = apply(build(), "lora")
     with torch.no_grad():

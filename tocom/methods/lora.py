@@ -9,7 +9,7 @@ from torch import nn
 
 from tocom.errors import TocomError, suggest
 from tocom.parts import Tuning, TuningOptions, train_heads
-from tocom.settings import Positive
+from tocom.settings import Fraction, Positive
 
 
 class LoRAOptions(TuningOptions):
@@ -20,6 +20,7 @@ class LoRAOptions(TuningOptions):
     targets: Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         ("attn.qkv",), description="linear layers of a block that are updated (attn.qkv, attn.proj, mlp.fc1, ...)"
     )
+    dropout: Fraction = Field(0.0, description="dropout on the input of the updates while training")
 
 
 class LoRA(Tuning):
@@ -49,7 +50,8 @@ class LoRA(Tuning):
                 )
         train_heads(model)
         heads = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        config = LoraConfig(r=options.rank, lora_alpha=options.alpha, target_modules=list(options.targets))
+        settings = {"r": options.rank, "lora_alpha": options.alpha, "lora_dropout": options.dropout}
+        config = LoraConfig(**settings, target_modules=list(options.targets))
         inject_adapter_in_model(config, model)
         for parameter in heads:
             parameter.requires_grad_(True)
