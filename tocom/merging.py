@@ -1,15 +1,19 @@
-"""What methods that merge tokens share: cosines, which token goes into which, and the average weighted by size."""
+"""What methods that merge tokens share: cosines, which token goes into which, weighted averages, and what it costs."""
 
 from __future__ import annotations
 
 import contextlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tocom.parts import gather, widen
+from tocom.degrees import limit
+from tocom.parts import Shape, gather, widen
+
+#: The degree axis of methods for which a degree is a budget, :meth:`BlockCosts.merging`.
+BUDGET = "the cost of merging so many tokens in each block"
 
 
 class Matching(NamedTuple):
@@ -64,3 +68,35 @@ def merge(x: Tensor, size: Tensor, matching: Matching) -> tuple[Tensor, Tensor]:
     # Sizes do not depend on any parameter; an attention mask with a gradient would rule out the fused kernel.
     size = mass[..., -1:].detach()
     return (mass[..., :-1] / size).to(x.dtype), size.to(x.dtype)
+
+
+class BlockCosts(NamedTuple):
+    """Multiply-adds of the blocks of a ViT, counted as :func:`tocom.vit.gflops` counts them.
+
+    Attributes:
+        attention, mlp: of one token in a block's linear layers, those of its attention and those beside or in its MLP.
+    """
+
+    shape: Shape
+    attention: int
+    mlp: int
+
+    def attending(self, n: Any) -> Any:
+        """Return the cost of attention among n tokens, ranking left out."""
+        return n * self.attention + 2 * n * n * self.shape.dim
+
+    def ranking(self, n: int) -> int:
+        """Return the cost of the class token's attention to n tokens, by which they are ranked."""
+        return n * self.shape.dim
+
+    def merging(self, degree: int) -> int:
+        """Return the cost of all blocks if each merges ``degree`` tokens by bipartite matching: the budget."""
+        total, n = 0, self.shape.tokens
+        for _ in range(self.shape.depth):
+            count = min(degree, limit(n, self.shape.prefix))
+            total += self.attending(n)
+            if count:
+                total += (n + 1) // 2 * (n // 2) * (self.shape.dim // self.shape.heads)
+            n -= count
+            total += n * self.mlp
+        return total

@@ -23,7 +23,7 @@ from tocom.degrees import Degree, counts, limit
 from tocom.distillation import distillation_loss
 from tocom.errors import TocomError
 from tocom.files import write_text
-from tocom.merging import cosines, directions
+from tocom.merging import BUDGET, BlockCosts, cosines, directions
 from tocom.methods.evit import class_attention
 from tocom.parts import Attention, Compressor, Objective, Shape, Tokens, descending, gather, ones_like_size, widen
 from tocom.settings import Positive, Settings
@@ -49,32 +49,8 @@ class Kept(NamedTuple):
 # --- what a schedule costs --------------------------------------------------------------------------------------------
 
 
-class Costs(NamedTuple):
-    """Multiply-adds of the blocks of a ViT, counted as :func:`tocom.vit.gflops` counts them.
-
-    Attributes:
-        attention, mlp: of one token in a block's linear layers, those of its attention and those of its MLP.
-    """
-
-    shape: Shape
-    attention: int
-    mlp: int
-
-    def attending(self, n: Any) -> Any:
-        """Return the cost of attention among n tokens, ranking left out."""
-        return n * self.attention + 2 * n * n * self.shape.dim
-
-    def merging(self, degree: int) -> int:
-        """Return the cost of all blocks if each merges ``degree`` tokens by bipartite matching: the budget."""
-        total, n = 0, self.shape.tokens
-        for _ in range(self.shape.depth):
-            count = min(degree, limit(n, self.shape.prefix))
-            total += self.attending(n)
-            if count:
-                total += (n + 1) // 2 * (n // 2) * (self.shape.dim // self.shape.heads)
-            n -= count
-            total += n * self.mlp
-        return total
+class Costs(BlockCosts):
+    """What schedules cost."""
 
     def deciding(self, n: int, kept: Kept) -> int:
         """Return the cost of ranking n tokens and of comparing those that merge with those that stay."""
@@ -82,7 +58,7 @@ class Costs(NamedTuple):
         merging = min(pruning, kept.merging)
         if merging == n:
             return 0
-        return (n + (pruning - merging) * (merging - self.shape.prefix)) * self.shape.dim
+        return self.ranking(n) + (pruning - merging) * (merging - self.shape.prefix) * self.shape.dim
 
     def schedule(self, schedule: Sequence[Kept]) -> int:
         """Return the cost of all blocks under a schedule."""
@@ -333,6 +309,7 @@ class DiffRate(Compressor):
     reference = "arXiv 2305.17997"
     trains = "how many tokens each block prunes and merges, by degree"
     needs = "pre-training images, or a file of schedules"
+    axis = BUDGET
     needs_class_token = True
 
     def __init__(self, options: DiffRateOptions | None = None, shape: Shape | None = None, max_degree: int = 0):
