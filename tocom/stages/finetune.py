@@ -211,6 +211,7 @@ class _Run:
         compressor = described("compressor", self.job.compressor)
         model, about = load_fine_tuned(given, self.backbone, task.classes, label, compressor)
         task.check(model)
+        torch.manual_seed(derive_seed(checkpoint.seed, task.name, label, "initial weights"))  # of the compressor
         vit = compress(model, about, self.compressor(model, checkpoint.seed), degree).to(task.device)
         module = task.restore(vit, about)
         score = task.validate(module, SCORE_BATCH, self.settings.precision).score
