@@ -57,6 +57,7 @@ class CompressedViT(nn.Module):
                 f"{self.compressor.title} ranks tokens by class attention, but the model has no class token; use"
                 " another compressor"
             )
+        self.compressor.train(model.training)
         self.proportional_attention = proportional_attention
         self.prefix = model.num_prefix_tokens
         self.depth = len(model.blocks)
