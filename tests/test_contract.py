@@ -116,9 +116,11 @@ def test_a_name_that_is_no_part_is_refused(role):
 @each_compressor
 @torch.no_grad()
 def test_degree_0_is_the_plain_model_and_every_degree_repeats_itself(kind, images):
-    model = build()
-    vit = CompressedViT(model, drawn("compressor", kind))
-    assert torch.equal(vit(images), model(images))
+    model, part = build(), drawn("compressor", kind)
+    start = make_part("compressor", kind, SHAPE, MAX_DEGREE).eval()
+    assert torch.equal(CompressedViT(model, start)(images), model(images))
+    vit = CompressedViT(model, part)
+    assert torch.equal(vit(images), model(images)) != part.adapts
     seen = [vit.set_degree(degree)(images) for degree in (0, MAX_DEGREE)]
     assert not torch.equal(*seen)
     assert torch.equal(vit(images), seen[1])

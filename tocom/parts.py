@@ -165,12 +165,14 @@ class Compressor(Part):
     Attributes:
         needs_class_token: whether it can only work on a model with a class token.
         restores: whether every token leaves the block that entered it, so that only a part of the block sees fewer.
+        adapts: whether its parameters, once they are trained, change what the model computes at degree 0, too.
     """
 
     role = "compressor"
     axis: ClassVar[str] = "tokens removed in each block"
     needs_class_token: ClassVar[bool] = False
     restores: ClassVar[bool] = False
+    adapts: ClassVar[bool] = False
 
     @classmethod
     def highest(cls, options: Settings, patches: int) -> int:

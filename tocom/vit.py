@@ -25,7 +25,7 @@ class CompressedViT(nn.Module):
     """A timm ViT that removes tokens as it runs, at a degree that can be changed at any time.
 
     The model is used, not copied: its weights stay where they are, and at degree 0 without a compensator the
-    logits are those of the model itself.
+    logits are those of the model itself, unless the compressor adapts it with parameters that were trained.
 
     Args:
         model: a ``timm.models.vision_transformer.VisionTransformer`` (ViT, DeiT, distilled DeiT; class token or

@@ -16,6 +16,7 @@ PARTS: dict[str, dict[str, str]] = {
         "tofu": "tocom.methods.tofu:ToFu",
         "diffrate": "tocom.methods.diffrate:DiffRate",
         "pyra": "tocom.methods.pyra:PYRA",
+        "sparse_tuning": "tocom.methods.sparse_tuning:SparseTuning",
     },
     "tuning": {
         "full": "tocom.methods.full:Full",
