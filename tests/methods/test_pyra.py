@@ -163,21 +163,19 @@ def test_more_pairs_than_it_has_ranks_for_are_padded_with_zeros():
 def test_half_precision_is_close_to_float32():
     x, size, k = (part.float() for part in draw_tokens(17, 5, dim=DIM))
     part = drawn().float()
-    expected, _ = squeeze(part, x, size, 6, attention(k), 1)
     for dtype, tolerance in ((torch.bfloat16, 0.03), (torch.float16, 0.004)):
         for gate in (part, drawn().to(dtype)):
             merged, sizes = squeeze(gate, x.to(dtype), size.to(dtype), 6, attention(k.to(dtype).float()), 1)
             chosen, _ = squeeze(part, x, size, 6, attention(k.to(dtype).float()), 1)
             assert merged.dtype == sizes.dtype == dtype
             assert (merged.float() - chosen).norm() < tolerance * chosen.norm()
-    assert expected.isfinite().all()
 
 
 def test_a_gate_costs_two_products_of_each_pair():
     vit = CompressedViT(build(), "pyra")
     for degree in (0, 3, 8):
         plain = gflops(CompressedViT(build(), "tome", degree))
-        pairs = -sum(after - before for before, after in zip((17, *vit.set_degree(degree).tokens()), vit.tokens()))  # noqa: B905
+        pairs = 17 - vit.set_degree(degree).tokens()[-1]
         assert gflops(vit) - plain == pytest.approx(2 * pairs * 16 / 1e9)
 
 
