@@ -159,6 +159,23 @@ def test_images_of_the_tiny_study_are_those_counted_by_hand():
     assert planning.cells_of(plan.studies["tiny"]) == 2 * 2 * 2 * (3 + 2)
 
 
+def test_degrees_that_are_drawn_are_those_that_are_counted():
+    drawn = {"degree": "random", "among": [0, 1]}
+    methods = METHODS | {"drawn": {"like": "plain", "tuning": drawn}}
+    (vit,) = TINY["backbones"]
+    backbones = [vit, vit | {"name": "other", "pretrain": {"degree": "random", "lowest": 2, "epochs": 3}}]
+    _, _, found = planned(TINY | {"methods": methods, "backbones": backbones})
+    made = [(item.work, list(item.degrees), item.images) for item in found if item.stage == "pretrain"]
+    assert made == [
+        ("fine-tuning", [0], 2 * 128),
+        ("evaluation", [0, 0, 0, 1, 2, 3, 4], 7 * 32),
+        ("fine-tuning", [2, 3, 4], 3 * 128),
+        ("evaluation", [2, 3, 4] * 3 + [0, 1, 2, 3, 4], 14 * 32),
+    ]
+    tuned = {(item.work, tuple(item.degrees)) for item in found if item.stage == "finetune"}
+    assert tuned == {(work, degrees) for work in ("fine-tuning", "evaluation") for degrees in ((0,), (4,), (0, 1))}
+
+
 def test_images_are_those_of_a_real_run(tmp_path, monkeypatch):
     from tocom.data.registry import prepare
     from tocom.stages import evaluate, finetune, learn, pretrain, throughput, transfer

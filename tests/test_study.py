@@ -14,7 +14,7 @@ from tocom.analysis.planned import endpoint
 from tocom.jobs import EvaluateJob, FinetuneJob, LearnJob, Plan, read_job
 from tocom.methods import PARTS
 from tocom.parts import part_class
-from tocom.settings import STAGES, EvaluateSettings, FinetuneSettings
+from tocom.settings import STAGES, EvaluateSettings, FinetuneSettings, PretrainSettings
 from tocom.study import Study, parse_study, read_study
 
 ROOT = Path(__file__).parents[1]
@@ -26,6 +26,7 @@ CONFIGS = sorted(
 DEMO = yaml.safe_load((ROOT / "config/demo.yaml").read_text()) | {"train_degrees": [0, 10, 14], "seeds": [0, 1, 2]}
 del DEMO["endpoint"]  # of methods and tasks that tests change
 LETTERS = DEMO["backbones"][0]
+RANDOM = {"degree": "random"}
 
 
 def changed(**changes) -> dict:
@@ -38,6 +39,12 @@ def with_methods(**methods) -> dict:
 
 def with_backbone(**backbone) -> dict:
     return changed(backbones=[LETTERS | backbone])
+
+
+def made(own, name="made", **changes) -> dict:
+    """Return a study whose one backbone is pre-trained, with changes of the pretrain section for itself."""
+    entry = {"name": name, "architecture": "vit_tiny_patch16_224", "image_size": 32, "patch_size": 4}
+    return changed(backbones=[entry | {"pretrain": own}], **changes)
 
 
 def segmenting(**changes) -> dict:
@@ -119,6 +126,16 @@ def test_every_setting_and_every_key_says_what_it_means():
         (changed(backbones=[{"name": "a", "timm": "vit_tiny_patch16_224"}]), "timm needs image_size and patch_size"),
         (changed(backbones=[LETTERS, LETTERS | {"name": "b", "image_size": 64}]), "images of different sizes"),
         (with_backbone(images="vtab-1k"), "cannot learn on vtab-1k"),
+        (with_backbone(pretrain={"epochs": 1}), "pretrain goes with architecture, not with checkpoint"),
+        (made({"epoch": 1}), "backbone 'made': pretrain: unknown key 'epoch' (did you mean 'epochs'?)"),
+        (made({"degree": "drawn"}), "backbone 'made': pretrain: degree = 'drawn'"),
+        (made({"degree": "random", "among": [0, 15]}), "'made': pretrain: random degree 15 is out of range"),
+        (made({"among": [0, 2]}), "among: say what is drawn from; set degree: random"),
+        (made({}, pretrain={"degree": "random", "highest": 15}), "'made': pretrain: random degree 15 is out of range"),
+        (
+            made({"degree": "random"}, methods={"a": {"compressor": "tests.own_parts:Gate"}}, compare=[]),
+            "'made': pretrain: Gate is learned on a backbone",
+        ),
         # methods
         (with_methods(), "methods"),
         (with_methods(a={"compressor": "tomme"}), "did you mean 'tome'?"),
@@ -132,6 +149,10 @@ def test_every_setting_and_every_key_says_what_it_means():
         (with_methods(a={"compensator": "tocom"}), "list the same method without one"),
         (with_methods(a={"scales": [0, 1]}), "scales are those of a compensator"),
         (with_methods(a={"tuning": "none"}), "were trained at one degree"),
+        (with_methods(a={"tuning": RANDOM | {"highest": 15}}), "method 'a': random degree 15 is out of range"),
+        (with_methods(a={"tuning": RANDOM | {"among": [0, 15]}}), "max_degree is 14; raise it or draw lower degrees"),
+        (with_methods(a={"tuning": RANDOM | {"among": [2], "lowest": 1}}), "among stands in place of lowest"),
+        (with_methods(a={"tuning": {"lowest": 1}}), "lowest: say what is drawn from; set degree: random"),
         (with_methods(a={"learn": {"epoch": 1}}), "method 'a': learn: unknown key 'epoch'"),
         (changed(compare=[["tome", "tocm"]]), "compare names 'tocm' (did you mean 'tocom'?)"),
         (changed(compare=[["tome", "tome"]]), "sets 'tome' against itself"),
@@ -263,6 +284,66 @@ def test_a_task_changes_sections_key_by_key():
     assert study.finetune_for("digits") == FinetuneSettings(epochs=7)
     assert study.finetune_for("mnist5k") == FinetuneSettings(epochs=7, lr=1e-4)
     assert (study.data_for("mnist5k").train, study.data_for("mnist5k").test) == (50, study.data.test)
+
+
+def test_a_backbone_changes_the_pretrain_section_key_by_key():
+    some, plain = made(RANDOM | {"lr": 1e-4}, "some"), made({}, "plain")
+    both = changed(backbones=[*some["backbones"], *plain["backbones"]], pretrain={"epochs": 7, "images": 50})
+    study = parse_study(both)
+    assert study.pretrain_for("plain") == PretrainSettings(epochs=7, images=50)
+    assert study.pretrain_for("some") == PretrainSettings(epochs=7, images=50, degree="random", lr=1e-4)
+    plan = Plan({"a": both})
+    jobs = [plan.pretrain(SimpleNamespace(store="results/demo", backbone=name)) for name in ("some", "plain")]
+    assert [job.settings.degree for job in jobs] == ["random", "fixed"]
+    assert {(job.compressor["kind"], job.max_degree, job.architecture) for job in jobs} == {
+        ("tome", 14, "vit_tiny_patch16_224")
+    }
+    assert [plan.backbone_file(SimpleNamespace(store="results/demo", backbone=name)) for name in ("some", "plain")] == [
+        "results/demo/backbones/some.safetensors", "results/demo/backbones/plain.safetensors"]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "agree"),
+    [
+        ({}, {}, True),
+        (RANDOM, RANDOM, True),
+        ({}, RANDOM, False),
+        (RANDOM, RANDOM | {"highest": 5}, False),
+        (RANDOM | {"among": [0, 5]}, RANDOM | {"among": [5, 0]}, True),
+    ],
+)
+def test_studies_of_one_store_have_to_pre_train_a_backbone_alike(one, other, agree):
+    def plan(first, second):
+        return Plan({"a": first | {"store": "shared"}, "b": second | {"store": "shared", "study": "b"}})
+
+    section = made({}, pretrain=other)  # for all backbones of a study, or for the one alone
+    for second in (made(other), section):
+        if agree:
+            assert plan(made(one), second).made("architecture") == ["made"]
+        else:
+            assert "mean different things by the backbone 'made'" in refusal(plan, made(one), second)
+    # What is drawn are degrees of the first method's compressor, up to the study's highest.
+    fewer = {"max_degree": 15}
+    pruned = {"methods": {"evit": {"compressor": "evit"}}, "compare": []}
+    for changes in (fewer, pruned):
+        if one:
+            assert "mean different things" in refusal(plan, made(one), made(one, **changes))
+        else:
+            plan(made(one), made(one, **changes))
+
+
+def test_methods_that_draw_from_other_degrees_are_trained_apart_and_tables_tell_them_apart():
+    drawn = {"like": "tome", "tuning": RANDOM}
+    methods = DEMO["methods"] | {
+        "low": drawn | {"tuning": RANDOM | {"highest": 5}},
+        "few": drawn | {"tuning": RANDOM | {"among": [14, 0]}},
+        "same": drawn | {"tuning": RANDOM | {"among": [0, 14]}},
+    }
+    study = parse_study(changed(methods=methods))
+    assert study.tuned == ("tome", "random_degree", "low", "few")
+    assert [study.methods[name].title for name in ("random_degree", "low", "few")] == [
+        "ToMe, random degrees", "ToMe, random degrees 0 to 5", "ToMe, random degrees among 0, 14"]  # fmt: skip
+    assert study.train_degrees_of("few") == ("random",)
 
 
 def test_learning_rate_scales_with_the_batch_only_if_asked():

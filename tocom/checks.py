@@ -61,6 +61,7 @@ def _missing_source(what: str, source: str | None) -> Iterator[str]:
 
 def _optimizers(study: Study) -> Iterator[str]:
     given = {"learn": study.learn.optimizer, "pretrain": study.pretrain.optimizer}
+    given |= {f"backbone {it.name!r}: pretrain": study.pretrain_for(it.name).optimizer for it in study.backbones}
     given |= {f"task {name!r}: finetune": study.finetune_for(name).optimizer for name in study.task_names}
     if set(given.values()) == {"adamw"}:  # spares a slow import
         return

@@ -17,6 +17,7 @@ from tocom.bundled import resolve
 from tocom.data.catalogue import owner_of, read_catalogue
 from tocom.errors import TocomError
 from tocom.methods import DEFAULTS
+from tocom.parts import described
 from tocom.settings import (
     EvaluateSettings,
     FinetuneSettings,
@@ -27,7 +28,17 @@ from tocom.settings import (
     ThroughputSettings,
     explain,
 )
-from tocom.study import FINETUNE, Checkpoint, DataSettings, Study, parse_study, read_config, read_mapping
+from tocom.study import (
+    FINETUNE,
+    Checkpoint,
+    DataSettings,
+    Spec,
+    Study,
+    check_pretraining,
+    parse_study,
+    read_config,
+    read_mapping,
+)
 
 #: A part as :func:`tocom.parts.make_part` takes it: its name, or a mapping with its kind and options.
 PartSpec = str | dict[str, Any]
@@ -68,10 +79,21 @@ class PretrainJob(Job):
 
     architecture: str = Field("vit_tiny_patch16_224", description="a timm ViT")
     kwargs: dict[str, Any] = Field({}, description="overrides of its arguments")
-    compressor: PartSpec = Field(DEFAULTS["compressor"], description="what accuracy is reported with")
+    compressor: PartSpec = Field(
+        DEFAULTS["compressor"], description="what accuracy is reported with, and steps at random degrees run behind"
+    )
     degrees: tuple[int, ...] = Field((0,), description="degrees to report accuracy at")
+    max_degree: int = Field(0, ge=0, description="highest degree that a step may draw")
     seed: int = 0
     settings: PretrainSettings = PretrainSettings()
+
+    @model_validator(mode="after")
+    def _degrees_can_be_drawn(self):
+        if self.settings.degree == "random" and not self.max_degree:
+            raise ValueError("degree: random needs to know how far to draw; give max_degree")
+        spec = Spec(role="compressor", **described("compressor", self.compressor))
+        check_pretraining(self.settings, spec, self.max_degree, "settings")
+        return self
 
 
 class LearnJob(Job):
@@ -241,9 +263,7 @@ class Plan:
         store = str(study.store_folder)
         for backbone in study.backbones:
             first = self.backbones.setdefault((store, backbone.name), study)
-            if first.backbone(backbone.name) != backbone or (
-                backbone.architecture and first.pretrain != study.pretrain
-            ):
+            if first.meaning_of(backbone.name) != study.meaning_of(backbone.name):
                 raise TocomError(
                     f"{first.study} and {study.study} mean different things by the backbone {backbone.name!r} of their"
                     f" store {store}; give one of them another name"
@@ -300,13 +320,14 @@ class Plan:
     def pretrain(self, wildcards: Any) -> PretrainJob:
         """Return the job that pre-trains a backbone."""
         study, name = self.backbones[wildcards.store, wildcards.backbone], wildcards.backbone
-        entry, method = study.backbone(name), next(iter(study.methods.values()))
+        entry = study.backbone(name)
         return PretrainJob(
             architecture=entry.architecture,
             kwargs=entry.kwargs,
-            compressor=method.compressor.described(),
+            compressor=study.pretrained_behind.described(),
             degrees=tuple(range(study.max_degree + 1)),
-            settings=study.pretrain,
+            max_degree=study.max_degree,
+            settings=study.pretrain_for(name),
         )
 
     def learn(self, wildcards: Any) -> LearnJob:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import torch
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,7 +23,7 @@ from tocom.degrees import Degree, counts, limit, token_counts
 from tocom.errors import TocomError, suggest
 from tocom.files import Paths, check_finite, digest, listed, load_tensors, save_tensors
 from tocom.methods import PARTS
-from tocom.settings import Settings, explain
+from tocom.settings import DegreeSettings, Settings, explain
 
 if TYPE_CHECKING:
     from tocom.vit import CompressedViT
@@ -245,12 +245,18 @@ def ones_like_size(x: Tensor) -> Tensor:
 # --- tunings ----------------------------------------------------------------------------------------------------------
 
 
-class TuningOptions(Settings):
+class TuningOptions(DegreeSettings):
     """What every tuning can be told."""
 
-    degree: Literal["fixed", "random"] = Field(
-        "fixed", description="fixed: every step at the train degree; random: drawn uniformly from 0..max_degree"
-    )
+
+def draw_degree(settings: DegreeSettings, max_degree: int) -> int:
+    """Draw the degree of a step, from torch's global state.
+
+    Raises:
+        TocomError: one of those that are drawn from is beyond ``max_degree``.
+    """
+    degrees = settings.drawn(max_degree)
+    return degrees[int(torch.randint(len(degrees), ()))]
 
 
 class Tuning(Part):
@@ -263,8 +269,7 @@ class Tuning(Part):
     @classmethod
     def label(cls, options: TuningOptions) -> str:
         """Return what tables call it with these options."""
-        drawn = "" if options.degree == "fixed" else f"{options.degree} degrees"
-        return ", ".join(filter(None, (cls.title, drawn)))
+        return ", ".join(filter(None, (cls.title, options.drawn_label)))
 
     @classmethod
     def labels(cls, options: TuningOptions, degrees: Sequence[int]) -> tuple[str, ...]:
@@ -287,11 +292,11 @@ class Tuning(Part):
     def begin(self, vit: CompressedViT) -> None:
         """Set the degree of the next step; called with the same random state in all processes."""
         if self.options.degree == "random":
-            vit.set_degree(int(torch.randint(self.max_degree + 1, ())))
+            vit.set_degree(draw_degree(self.options, self.max_degree))
 
     def score_degrees(self, label: str) -> tuple[int, ...]:
         """Return the degrees at which validation images are scored, to choose the best epoch."""
-        return (0, self.max_degree // 2, self.max_degree) if source_degree(label) is None else (int(label),)
+        return tuple(self.options.scored(self.max_degree)) if source_degree(label) is None else (int(label),)
 
 
 def source_degree(label: str | int) -> int | None:

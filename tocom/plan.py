@@ -135,9 +135,10 @@ def passes(plan: Plan, sizes: Sizes) -> Iterator[Passes]:
     """Yield all passes of images through models."""
     for (_, name), study in plan.backbones.items():
         if study.backbone(name).architecture:
-            it, subject = study.pretrain, subject_of(study, name)
-            yield Passes("pretrain", "fine-tuning", subject, it.precision, [0], it.images * it.epochs)
-            scored = [*[0] * it.epochs, *range(study.max_degree + 1)]
+            it, subject, highest = study.pretrain_for(name), subject_of(study, name), study.max_degree
+            drawn, each = (it.drawn(highest), it.scored(highest)) if it.degree == "random" else ([0], [0])
+            yield Passes("pretrain", "fine-tuning", subject, it.precision, drawn, it.images * it.epochs)
+            scored = [*each] * it.epochs + [*range(highest + 1)]
             yield Passes("pretrain", "evaluation", subject, "fp32", scored, it.held_out * len(scored))
     for (store, name, _), job in plan.learned.items():
         subject, it = subject_of(plan.backbones[store, name], name, job.compressor), job.settings
@@ -180,7 +181,7 @@ def _of_task(study: Study, tuned: str, task: str, sizes: Mapping[str, float], su
     tuning = make_part("tuning", study.methods[tuned].tuning.described(), max_degree=study.max_degree)
     for label in study.train_degrees_of(tuned):
         source, scored = source_degree(label), tuning.score_degrees(label)
-        trained = range(study.max_degree + 1) if source is None else [source]
+        trained = tuning.options.drawn(study.max_degree) if source is None else [source]
         if tuning.trains_anything:
             yield Passes("finetune", "fine-tuning", subject, it.precision, trained, n * _trained(sizes["train"], it))
         images = n * len(scored) * (it.epochs if tuning.trains_anything else 1) * sizes["val"]

@@ -7,15 +7,17 @@ workflow with thousands of jobs is planned quickly.
 from __future__ import annotations
 
 import reprlib
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tocom.errors import TocomError, suggest
 
 #: What stands where there is no compensator, and for adding no gap.
 PLAIN = "none"
 Positive = Annotated[int, Field(ge=1)]
+Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")]
 
@@ -34,6 +36,74 @@ class Settings(BaseModel):
     def recipe(self) -> dict[str, Any]:
         """Return all settings as JSON-able values."""
         return self.model_dump(mode="json")
+
+
+class DegreeSettings(Settings):
+    """At which degree each step of a training runs: all at one, or each at one that is drawn for it.
+
+    Drawing it is the idea of stochastic wav2vec 2.0 (arXiv 2204.11934, abstract): one model for many budgets.
+    """
+
+    degree: Literal["fixed", "random"] = Field(
+        "fixed", description="fixed: every step at the train degree; random: drawn for each step, all as likely"
+    )
+    lowest: Natural | None = Field(None, description="random: lowest degree that is drawn; null: 0")
+    highest: Natural | None = Field(None, description="random: highest degree that is drawn; null: max_degree")
+    among: tuple[Natural, ...] | None = Field(
+        None, min_length=1, description="random: the degrees that are drawn from, in place of a range; null: the range"
+    )
+
+    @field_validator("among")
+    @classmethod
+    def _is_a_set(cls, value):
+        if value is not None and len(set(value)) < len(value):
+            raise ValueError("a degree is listed twice; list each once, since all are as likely")
+        return value if value is None else tuple(sorted(value))
+
+    @model_validator(mode="after")
+    def _degrees_are_stated_once(self):
+        bounds = [name for name in ("lowest", "highest") if getattr(self, name) is not None]
+        stated = bounds + (["among"] if self.among else [])
+        if stated and self.degree != "random":
+            raise ValueError(f"{' and '.join(stated)}: say what is drawn from; set degree: random, or leave them out")
+        if self.among and bounds:
+            raise ValueError(f"among stands in place of {' and '.join(bounds)}; leave one or the other out")
+        if len(bounds) == 2 and self.lowest > self.highest:
+            raise ValueError(f"lowest {self.lowest} is above highest {self.highest}; swap them")
+        return self
+
+    def drawn(self, max_degree: int) -> Sequence[int]:
+        """Return the degrees that a step's may be drawn from, in rising order.
+
+        Raises:
+            TocomError: one of them is beyond ``max_degree``.
+        """
+        lowest, highest = self.lowest or 0, max_degree if self.highest is None else self.highest
+        top = max(self.among or (lowest, highest))
+        if top > max_degree:
+            raise TocomError(
+                f"random degree {top} is out of range: max_degree is {max_degree}; raise it or draw lower degrees"
+            )
+        return self.among or range(lowest, highest + 1)
+
+    def scored(self, max_degree: int) -> Sequence[int]:
+        """Return the degrees that held-out images are scored at where degrees are drawn: a stated set; or the ends of
+        the range, and its middle."""
+        degrees = self.drawn(max_degree)
+        return self.among or (degrees[0], (degrees[0] + degrees[-1]) // 2, degrees[-1])
+
+    @property
+    def drawn_label(self) -> str:
+        """What tables say of how degrees are drawn; nothing where they are not."""
+        if self.degree == "fixed":
+            return ""
+        if self.among:
+            stated = f"among {', '.join(map(str, self.among))}"
+        elif self.highest is None:
+            stated = f"from {self.lowest}" if self.lowest else ""
+        else:
+            stated = f"{self.lowest or 0} to {self.highest}"
+        return " ".join(filter(None, ("random degrees", stated)))
 
 
 class Optimisation(Settings):
@@ -56,7 +126,7 @@ class Optimisation(Settings):
         description="step: the learning rate changes at every step; epoch: after every epoch, and one epoch late, as in"
         " the public code (the rate of the first epoch holds for two)",
     )
-    warmup_epochs: Annotated[int, Field(ge=0)] = Field(0, description="epochs of linear warm-up")
+    warmup_epochs: Natural = Field(0, description="epochs of linear warm-up")
     weight_decay: float = Field(0.05, ge=0, description="AdamW weight decay")
     drop_path: Fraction = Field(0.0, description="stochastic depth rate while training")
     clip_grad: float | None = Field(None, gt=0, description="largest norm of the gradient; null: not clipped")
@@ -94,7 +164,7 @@ class Augmentation(Settings):
     augmentation: Literal["none", "shift", "timm"] = Field(
         "none", description="none; shift by a few pixels; or timm's: crop, flip, colour jitter, RandAugment, erasing"
     )
-    shift: Annotated[int, Field(ge=0)] = Field(2, description="shift: by up to so many pixels")
+    shift: Natural = Field(2, description="shift: by up to so many pixels")
     color_jitter: float = Field(0.3, ge=0, description="timm: colour jitter")
     auto_augment: str | None = Field("rand-m9-mstd0.5-inc1", description="timm: policy of AutoAugment or RandAugment")
     random_erasing: Fraction = Field(0.25, description="timm: probability of random erasing")
@@ -109,13 +179,19 @@ class Augmentation(Settings):
         return self.mixup > 0 or self.cutmix > 0
 
 
-class PretrainSettings(Optimisation):
+class PretrainSettings(DegreeSettings, Optimisation):
     """How the embedded backbone is made from procedural letters."""
+
+    degree: Literal["fixed", "random"] = Field(
+        "fixed",
+        description="fixed: nothing is compressed; random: a degree of the first method's compressor, drawn for each"
+        " step, all as likely",
+    )
 
     epochs: Positive = 20
     batch_size: Positive = 96
     lr: float = Field(1e-3, gt=0)
-    warmup_epochs: Annotated[int, Field(ge=0)] = 1
+    warmup_epochs: Natural = 1
     threads: Positive = 2
     label_smoothing: Fraction = Field(0.1, description="label smoothing of the cross-entropy")
     images: Positive = Field(40_000, description="pre-training images to generate")

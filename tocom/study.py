@@ -28,6 +28,7 @@ from tocom.methods import DEFAULTS
 from tocom.parts import check_options, part_class, source_degree
 from tocom.settings import (
     PLAIN,
+    DegreeSettings,
     EvaluateSettings,
     FinetuneSettings,
     LearnSettings,
@@ -66,6 +67,7 @@ class Backbone(Settings):
     sha256: str | None = Field(None, description="timm: what the file of weights must hash to; null: not checked")
     num_classes: Positive | None = Field(None, description="timm: classes of the weights' classifier, if not timm's")
     architecture: str | None = Field(None, description="timm model to pre-train on letters in the workflow")
+    pretrain: dict[str, Any] = Field({}, description="architecture: changes of the study's pretrain section for it")
     kwargs: dict[str, Any] = Field({}, description="overrides of the timm model's arguments")
     image_size: Positive = Field(32, description="side of the images it takes, in pixels")
     patch_size: Positive = Field(4, description="side of its patches, in pixels")
@@ -91,6 +93,8 @@ class Backbone(Settings):
         for option in ("revision", "weights", "sha256", "num_classes", "proportional_attention"):
             if getattr(self, option) is not None and self.timm is None:
                 raise ValueError(f"backbone {self.name!r}: {option} goes with timm, not with {given[0]}")
+        if self.pretrain and self.architecture is None:
+            raise ValueError(f"backbone {self.name!r}: pretrain goes with architecture, not with {given[0]}")
         return self
 
     @property
@@ -439,6 +443,7 @@ class Study(Settings):
                 raise ValueError(
                     f"degree {highest} is out of range: max_degree is {self.max_degree}; raise it or drop {highest}"
                 )
+            _check_drawn(method.tuning.options, self.max_degree, f"method {name!r}")
             for backbone in self.backbones:
                 limit = method.compressor.part.highest(method.compressor.options, backbone.patches)
                 if self.max_degree > limit:
@@ -446,6 +451,10 @@ class Study(Settings):
                         f"max_degree {self.max_degree} is out of range: {method.compressor.name} goes up to {limit}"
                         f" with {backbone.name}, which has {backbone.patches} patches"
                     )
+        for backbone in self.backbones:
+            settings, where = self.pretrain_for(backbone.name), f"backbone {backbone.name!r}: pretrain"
+            if backbone.architecture:
+                check_pretraining(settings, self.pretrained_behind, self.max_degree, where)
         sizes = {backbone.image_size for backbone in self.backbones}
         if len(sizes) > 1:
             raise ValueError(f"backbones take images of different sizes {sorted(sizes)}; give each size its own study")
@@ -601,7 +610,7 @@ class Study(Settings):
         fixed = sorted((label for label in self.train_degrees_of(tuned) if source_degree(label) is not None), key=int)
         return (fixed[0], fixed[-1]) if self.transfer and len(fixed) > 1 else None
 
-    # --- settings of one task or method -----------------------------------------------------------------------
+    # --- settings of one task, method or backbone ---------------------------------------------------------------
 
     def data_for(self, task: str) -> DataSettings:
         """Return the data section with a task's changes."""
@@ -617,6 +626,22 @@ class Study(Settings):
         changed = _changed(self.learn, self.methods[method].learn, f"method {method!r}: learn")
         _check_images(changed.source, f"method {method!r}: learn.source")
         return changed
+
+    def pretrain_for(self, backbone: str) -> PretrainSettings:
+        """Return the pretrain section with a backbone's changes."""
+        return _changed(self.pretrain, self.backbone(backbone).pretrain, f"backbone {backbone!r}: pretrain")
+
+    @property
+    def pretrained_behind(self) -> Spec:
+        """The compressor that backbones are pre-trained with, if their steps draw degrees, and scored with."""
+        return next(iter(self.methods.values())).compressor
+
+    def meaning_of(self, backbone: str) -> tuple[Any, ...]:
+        """Return all that a backbone's checkpoint depends on, which studies that share a store have to agree on."""
+        entry, settings = self.backbone(backbone), self.pretrain_for(backbone)
+        drawn = (self.pretrained_behind.described(), self.max_degree) if settings.degree == "random" else None
+        made = (settings, drawn) if entry.architecture else None
+        return entry.model_copy(update={"pretrain": {}}), made
 
     def image_size_for(self, task: str) -> int:
         """Return the side in pixels of a task's images."""
@@ -666,6 +691,23 @@ class Study(Settings):
         """Return the file of a method's part that is learned with a seed, or None if it learns none."""
         name = self.learned_name(backbone, method, seed, role)
         return None if name is None else self.store_folder / "learned" / backbone / f"{name}.safetensors"
+
+
+def _check_drawn(settings: DegreeSettings, max_degree: int, where: str) -> None:
+    try:
+        settings.drawn(max_degree)
+    except TocomError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def check_pretraining(settings: PretrainSettings, compressor: Spec, max_degree: int, where: str) -> None:
+    """Raise ValueError if steps are to draw degrees beyond the highest, or of a compressor that needs a backbone."""
+    _check_drawn(settings, max_degree, where)
+    if settings.degree == "random" and compressor.part.learns(compressor.options):
+        raise ValueError(
+            f"{where}: {compressor.name} is learned on a backbone, so none can be pre-trained behind it;"
+            " put a method with another compressor first, or set degree: fixed"
+        )
 
 
 def _changed(settings: Settings, changes: dict[str, Any], where: str):

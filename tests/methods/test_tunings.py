@@ -1,13 +1,18 @@
 """What each tuning trains, AdaptFormer's and LoRA's arithmetic."""
 
+from collections import Counter
+
 import pytest
 import torch
+from scipy.stats import chisquare
 from torch.nn import functional as F
 
 from tests.conftest import build, randomise
 from tests.small import refusal
 from tocom import CompressedViT, make_part
+from tocom.methods import PARTS
 from tocom.methods.adaptformer import AdaptedMlp
+from tocom.parts import describe
 
 
 def apply(model, kind, **options):
@@ -96,6 +101,78 @@ def test_a_tuning_says_how_its_models_are_labelled_and_draws_its_degrees(degree,
         seen.add(vit.degree)
     assert seen == ({2} if degree == "fixed" else set(range(6)))
     assert tuning.score_degrees(labels[-1]) == ((3,) if degree == "fixed" else (0, 2, 5))
+
+
+def drawing(kind, max_degree, **options):
+    return make_part("tuning", {"kind": kind, "degree": "random"} | options, max_degree=max_degree)
+
+
+def draws(tuning, n, seed=0):
+    """Return the degrees of n steps."""
+    vit, found = CompressedViT(build(), degree=1), []
+    torch.manual_seed(seed)
+    for _ in range(n):
+        tuning.begin(vit)
+        found.append(vit.degree)
+    return found
+
+
+#: Options -> the degrees that are drawn from up to 8, those that are scored, and what tables say.
+DRAWN = [
+    ({}, [*range(9)], (0, 4, 8), "random degrees"),
+    ({"lowest": 0}, [*range(9)], (0, 4, 8), "random degrees"),
+    ({"lowest": 3}, [3, 4, 5, 6, 7, 8], (3, 5, 8), "random degrees from 3"),
+    ({"highest": 2}, [0, 1, 2], (0, 1, 2), "random degrees 0 to 2"),
+    ({"lowest": 2, "highest": 5}, [2, 3, 4, 5], (2, 3, 5), "random degrees 2 to 5"),
+    ({"among": [8, 0, 3]}, [0, 3, 8], (0, 3, 8), "random degrees among 0, 3, 8"),
+]
+
+
+@pytest.mark.parametrize("kind", [kind for kind in PARTS["tuning"] if kind != "none"])
+@pytest.mark.parametrize(("options", "degrees", "scored", "label"), DRAWN, ids=lambda value: str(value)[:30])
+def test_every_tuning_draws_each_degree_of_a_range_or_set_as_often(kind, options, degrees, scored, label):
+    tuning = drawing(kind, 8, **options)
+    assert tuning.score_degrees("random") == scored
+    assert tuning.score_degrees("5") == (5,)
+    assert tuning.label(tuning.options).endswith(label)
+    assert tuning.labels(tuning.options, [0, 3]) == ("random",)
+    n = 1500
+    counts = Counter(draws(tuning, n))
+    assert sorted(counts) == degrees
+    assert chisquare([counts[degree] for degree in degrees]).pvalue > 1e-3
+    # The same again, as positions in the list that torch's global state draws; another seed gives others.
+    torch.manual_seed(0)
+    places = [int(torch.randint(0, len(degrees), ())) for _ in range(20)]
+    assert draws(tuning, 20) == [degrees[place] for place in places] != draws(tuning, 20, seed=1)
+
+
+def test_the_order_of_a_set_makes_no_difference():
+    assert describe(drawing("full", 8, among=[8, 0, 3])) == describe(drawing("full", 8, among=[0, 3, 8]))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"degree": "random", "lowest": -1}, "lowest = -1: give 0 or more"),
+        ({"degree": "random", "among": [-1, 2]}, "among.0 = -1: give 0 or more"),
+        ({"degree": "random", "among": []}, "among = []: give at least 1"),
+        ({"degree": "random", "among": [2, 2]}, "a degree is listed twice"),
+        ({"degree": "random", "lowest": 5, "highest": 2}, "lowest 5 is above highest 2; swap them"),
+        ({"degree": "random", "highest": 5, "among": [2]}, "among stands in place of highest; leave one"),
+        ({"lowest": 1, "highest": 5}, "lowest and highest: say what is drawn from; set degree: random"),
+        ({"among": [0, 2]}, "among: say what is drawn from; set degree: random"),
+        ({"degree": "random", "amung": [2]}, "unknown key 'amung' (did you mean 'among'?)"),
+    ],
+)
+def test_a_range_or_set_that_makes_no_sense_is_refused_in_one_line(options, message):
+    assert message in refusal(make_part, "tuning", {"kind": "lora"} | options)
+
+
+@pytest.mark.parametrize("options", [{"highest": 6}, {"lowest": 5}, {"among": [0, 9]}])
+def test_degrees_beyond_the_highest_are_refused_where_they_are_drawn(options):
+    tuning = drawing("full", 4, **options)
+    for what in (lambda: tuning.begin(CompressedViT(build())), lambda: tuning.score_degrees("random")):
+        assert "is out of range: max_degree is 4; raise it or draw lower degrees" in refusal(what)
 
 
 # --- AdaptFormer ----------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from tocom.seeds import derive_seed
 from tocom.stages.finetune import finetune
 from tocom.tasks import classify
 from tocom.training import random_shift
+from tocom.vit import CompressedViT
 
 RANDOM = {"kind": "full", "degree": "random"}
 
@@ -62,6 +63,34 @@ def test_a_model_starts_from_the_compressor_that_was_learned_with_its_seed(backb
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.parametrize("options", [{"among": [0, 4]}, {"lowest": 1, "highest": 3}, {}], ids=["set", "range", "all"])
+def test_degrees_of_a_range_or_set_are_drawn_and_a_killed_run_resumes_to_the_same_bytes(
+    backbone, digits, tmp_path, monkeypatch, options
+):
+    drawn, set_degree = [], CompressedViT.set_degree
+
+    def counted(vit, degree, scale=None):
+        drawn.extend([degree] if vit.training else [])  # scores are of a model in eval mode
+        return set_degree(vit, degree, scale)
+
+    monkeypatch.setattr(CompressedViT, "set_degree", counted)
+
+    def run(name):
+        return lambda: tune(backbone, digits, tmp_path / name, "random", tuning=RANDOM | options)
+
+    assert steps_of(run("whole")) == 8
+    assert len(drawn) == 8
+    assert set(drawn) <= set(options.get("among", range(options.get("lowest", 0), options.get("highest", 4) + 1)))
+    whole = list(drawn)
+    drawn.clear()
+    steps_of(run("killed"), kill_at=6)
+    assert drawn == whole[:6]
+    assert steps_of(run("killed")) == 3
+    assert drawn[6:] == whole[5:]
+    file = "train-random_seed-0.safetensors"
+    assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
+
+
 @pytest.mark.parametrize("change", ["backbone", "attention", "data", "max_degree", "garbage"])
 def test_a_state_that_other_inputs_left_is_not_resumed(backbone, digits, tmp_path, monkeypatch, change):
     model, meta = load_model(backbone)
@@ -99,6 +128,7 @@ def test_a_held_out_figure_that_turns_nan_leaves_no_output(backbone, digits, tmp
         ("random", {}, "'random' does not go with the tuning"),
         ("2", {"tuning": RANDOM}, "give random"),
         ("random", {"tuning": RANDOM, "max_degree": 0}, "give max_degree"),
+        ("random", {"tuning": RANDOM | {"among": [0, 5]}}, "random degree 5 is out of range: max_degree is 4"),
         ("-1", {}, "train degree -1 is out of range"),
         ("0", {"fine_tuned": "x"}, "fine_tuned goes with a tuning that trains nothing"),
     ],

@@ -93,6 +93,7 @@ def _check(job: FinetuneJob, tuning: Tuning) -> None:
             raise TocomError(f"train degree {label!r} does not go with the tuning {describe(tuning)}; give {fitting}")
         if source is None and not job.max_degree:
             raise TocomError(f"train degree {label!r} needs to know how far to draw; give max_degree")
+        tuning.options.drawn(job.max_degree)  # refuses what is beyond it
 
 
 class _Run:

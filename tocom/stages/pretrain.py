@@ -11,6 +11,7 @@ from tocom import distributed
 from tocom.data import glyphs
 from tocom.jobs import PretrainJob
 from tocom.models import create, pick_device, save_model
+from tocom.parts import describe, draw_degree
 from tocom.seeds import derive_seed
 from tocom.tasks.classify import predict
 from tocom.training import explained, fit, forget, make_deterministic, normalise, resume_path
@@ -36,8 +37,13 @@ def accuracy(vit: CompressedViT, images: torch.Tensor, labels: torch.Tensor, bat
 def pretrain(job: PretrainJob, output: str | os.PathLike) -> dict:
     """Train a timm ViT on letters and write it as a checkpoint; under torchrun, all processes train one model.
 
+    With random degrees, every step runs at one that is drawn for it, behind the job's compressor (the idea of
+    stochastic wav2vec 2.0, arXiv 2204.11934), and the best epoch is that of the highest mean accuracy at the degrees
+    that :meth:`tocom.settings.DegreeSettings.scored` names; else nothing is compressed.
+
     Returns:
-        The metadata: held-out accuracy at every degree of the job, off the shelf; best epoch, minutes.
+        The metadata: held-out accuracy at every degree of the job; best epoch, minutes; with random degrees,
+        ``pretrained_behind``: compressor and highest degree.
     """
     settings, kwargs = job.settings, job.kwargs
     make_deterministic(settings.threads, settings.deterministic)
@@ -47,27 +53,41 @@ def pretrain(job: PretrainJob, output: str | os.PathLike) -> dict:
         model = create(job.architecture, kwargs | {"drop_path_rate": settings.drop_path}).to(device)
         images, labels = letters(settings.images)
         held_out = letters(settings.held_out, held_out=True)
+        vit = CompressedViT(model, job.compressor, max_degree=job.max_degree)
+        vit.compressor.requires_grad_(False)  # a backbone's checkpoint would not keep what it trains
+        drawn = settings.degree == "random"
+        scored = settings.scored(job.max_degree) if drawn else (0,)
+        behind = {"compressor": describe(vit.compressor), "max_degree": job.max_degree} if drawn else {}
+        module = vit if drawn else model
+
+        def begin():
+            if drawn:
+                vit.set_degree(draw_degree(settings, job.max_degree))
+
+        def score():
+            return (sum(accuracy(vit.set_degree(degree), *held_out) for degree in scored) / len(scored),)
 
         def step(indices):
-            logits = model(normalise(images[indices].to(device), model))
+            logits = module(normalise(images[indices].to(device), model))
             return F.cross_entropy(logits, labels[indices].to(device), label_smoothing=settings.label_smoothing)
 
-        vit = CompressedViT(model, job.compressor)
         record = fit(
             step,
-            model,
+            module,
             len(images),
             settings,
             job.seed,
-            lambda: (accuracy(vit, *held_out),),
+            score,
             f"pretrain seed {job.seed}",
-            {"architecture": job.architecture, "kwargs": kwargs},
+            {"architecture": job.architecture, "kwargs": kwargs} | behind,
             resume_path(output),
+            begin,
         )
         by_degree = {str(degree): accuracy(vit.set_degree(degree), *held_out) for degree in job.degrees}
         metadata = {
             "seed": job.seed,
             "recipe": settings.recipe(),
+            **({"pretrained_behind": behind} if drawn else {}),
             "best_epoch": record["best_epoch"],
             "losses": record["losses"],
             "accuracy": by_degree,
