@@ -10,6 +10,7 @@ few (six of each of four classes to train on, three to test on) and small. An im
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import io
 import pickle
@@ -17,6 +18,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from struct import pack as struct_pack
 
 import numpy as np
 import yaml
@@ -27,6 +29,7 @@ from tocom.data.catalogue import BUNDLED, read_catalogue
 CLASSES = 4
 PER_CLASS = {"train": 6, "val": 3, "test": 3}
 LEVELS = (40, 128, 216)  # of one colour channel: 27 colours, for as many classes
+GREYS = (30, 90, 150, 210)  # of the classes of a data set without colours
 
 GROUP_OF = {name: entry.group for name, entry in read_catalogue(BUNDLED).items() if name.startswith("vtab.")}
 WNIDS = ("n01440764", "n01443537", "n01484850", "n01491361")
@@ -38,8 +41,10 @@ def colour_of(label: int) -> np.ndarray:
 
 
 def label_of(image: np.ndarray) -> int:
-    """Return the class of a decoded image [3, H, W] by its mean colour."""
+    """Return the class of a decoded image [3, H, W] by its mean colour, or by its brightness if all of it is grey."""
     mean = image.reshape(3, -1).mean(axis=1)
+    if (image == image[:1]).all():
+        return int(np.argmin(np.abs(mean[0] - np.array(GREYS))))
     return int(np.argmin([np.abs(mean - colour_of(label)).sum() for label in range(27)]))
 
 
@@ -149,6 +154,23 @@ def cifar100(folder: Path) -> dict:
     members["cifar-100-python/meta"] = python2_pickle(meta)
     write_tar(folder / "cifar-100-python.tar.gz", members)
     return {"files": {"cifar-100-python.tar.gz": "."}, "truth": truth, "family": "cifar", "group": "CIFAR-100"}
+
+
+def fashion_mnist(folder: Path) -> dict:
+    """Big-endian numbers (magic, sizes), then bytes: http://yann.lecun.com/exdb/mnist/."""
+    files, truth = {}, {"train": [], "test": []}
+    images = {"train": b"", "test": b""}
+    for split, label, index in numbered("train", "test"):
+        noise = np.random.default_rng([label, index]).uniform(-12, 12, (28, 28))
+        images[split] += np.round(GREYS[label] + noise).astype(np.uint8).tobytes()
+        truth[split].append(label)
+    for split, prefix in (("train", "train"), ("test", "t10k")):
+        n = len(truth[split])
+        files[f"{prefix}-images-idx3-ubyte.gz"] = struct_pack(">4I", 2051, n, 28, 28) + images[split]
+        files[f"{prefix}-labels-idx1-ubyte.gz"] = struct_pack(">2I", 2049, n) + bytes(truth[split])
+    for name, content in files.items():
+        (folder / name).write_bytes(gzip.compress(content))
+    return {"files": dict.fromkeys(files), "truth": truth, "family": "idx", "group": "real tasks"}
 
 
 def cub200(folder: Path) -> dict:
@@ -305,6 +327,7 @@ def vtab(folder: Path, name: str) -> dict:
 
 MAKERS: dict[str, Callable[[Path], dict]] = {
     "cifar100": cifar100,
+    "fashion_mnist": fashion_mnist,
     "cub200": cub200,
     "flowers102": flowers102,
     "cars": cars,

@@ -1,5 +1,6 @@
 """Every family: fetched from a local server in its true layout, checked, read, decoded, and broken."""
 
+import gzip
 import pickle
 import shutil
 from importlib import import_module
@@ -25,7 +26,9 @@ from tocom.data.registry import prepare
 from tocom.errors import TocomError
 
 #: One of each family that classifies, and both layouts of Stanford Cars.
-NAMES = ("cifar100", "cub200", "flowers102", "cars", "cars_devkit", "dogs", "imagenet1k", "vtab.dtd")
+NAMES = ("cifar100", "fashion_mnist", "cub200", "flowers102", "cars", "cars_devkit", "dogs", "imagenet1k", "vtab.dtd")
+#: Where Debian's package dataset-fashion-mnist puts Fashion-MNIST.
+DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 pytestmark = pytest.mark.filterwarnings("ignore:vtab.*not VTAB-1k's:UserWarning")
 
 
@@ -113,7 +116,7 @@ def test_ade20k_is_a_task_whose_pixels_tell_their_class(world, tmp_path):
 # --- registered where it lies
 
 
-@pytest.mark.parametrize("name", [*NAMES, "ade20k"])
+@pytest.mark.parametrize("name", [name for name in (*NAMES, "ade20k") if name != "fashion_mnist"])
 def test_what_is_unpacked_already_is_registered_and_anything_else_is_not(copy, register, world, tmp_path, name):
     (tmp_path / "downloads").mkdir()
     (tmp_path / "downloads" / "paper.pdf").write_bytes(b"%PDF")
@@ -126,6 +129,56 @@ def test_what_is_unpacked_already_is_registered_and_anything_else_is_not(copy, r
         (folder / "CUB_200_2011" / "images.txt").rename(folder / "CUB_200_2011" / "IMAGES.TXT")
         with pytest.raises(TocomError, match=r"images\.txt is missing"):
             check(name, tmp_path / "data", world[1])
+
+
+def test_files_that_torchvision_unpacked_are_registered_and_nothing_else_passes_for_them(copy, register, world):
+    folder = copy("fashion_mnist")
+    expected = read("fashion_mnist", folder)
+    assert register("fashion_mnist", folder) != folder  # compressed files are copied, once they are verified
+    check("fashion_mnist", folder.parent / "data", world[1])
+    raw = folder.parent / "raw"
+    raw.mkdir()
+    for file in folder.glob("*.gz"):
+        (raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
+    found = read("fashion_mnist", raw)
+    for split, items in expected.splits.items():
+        assert (found.splits[split].images == items.images).all()
+    shutil.rmtree(folder.parent / "data" / "fashion_mnist")
+    assert register("fashion_mnist", raw) == raw
+    for name, content, message in (
+        ("t10k-labels-idx1-ubyte", b"\0\0\x08\1\0\0\0\2\0\1", "has test images (12, 28, 28) for labels (2,)"),
+        ("train-labels-idx1-ubyte", b"\0\0\x0c\1\0\0\0\1\0\0\0\1", "it holds no bytes"),
+        ("train-labels-idx1-ubyte", None, "train-labels-idx1-ubyte.gz is missing"),
+    ):
+        before = (raw / name).read_bytes()
+        (raw / name).unlink()
+        if content is not None:
+            (raw / name).write_bytes(content)
+        assert message in refusal("fashion_mnist", raw)
+        (raw / name).write_bytes(before)
+
+
+@pytest.mark.skipif(not DEBIAN.is_dir(), reason="apt-get install dataset-fashion-mnist")
+def test_debians_copy_of_fashion_mnist_is_fetched_without_a_network_and_is_what_torchvision_reads(
+    tmp_path, monkeypatch
+):
+    from torchvision.datasets import FashionMNIST
+
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    fetch("fashion_mnist", tmp_path / "data")
+    listing = load_listing("fashion_mnist", tmp_path / "data")
+    assert (listing.classes, listing.group, set(listing.splits)) == (10, "real tasks", {"train", "test"})
+    raw = tmp_path / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for file in DEBIAN.glob("*.gz"):
+        (raw / file.stem).write_bytes(gzip.decompress(file.read_bytes()))
+    for split, n in (("train", 60_000), ("test", 10_000)):
+        items, reference = listing.splits[split], FashionMNIST(tmp_path, train=split == "train")
+        assert items.images.shape == (n, 3, 28, 28)
+        assert np.bincount(items.labels).tolist() == [n // 10] * 10
+        assert (items.labels == reference.targets.numpy()).all()
+        assert (items.images == reference.data.numpy()[:, None]).all()
 
 
 def test_of_vtab_the_tasks_that_are_there_are_registered(copy, tmp_path):
@@ -159,6 +212,8 @@ def test_a_pickle_that_would_run_a_command_is_refused_and_runs_nothing(copy, tmp
     ("name", "file"),
     [
         ("cifar100", "cifar-100-python/train"),
+        ("fashion_mnist", "train-images-idx3-ubyte.gz"),
+        ("fashion_mnist", "t10k-labels-idx1-ubyte.gz"),
         ("cub200", "CUB_200_2011/images.txt"),
         ("cub200", "CUB_200_2011/train_test_split.txt"),
         ("flowers102", "imagelabels.mat"),

@@ -1,5 +1,6 @@
 """Fetching from a local server with faults: each ends with a whole data set, or with one line and nothing behind."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -332,6 +333,32 @@ def test_two_processes_fetch_once_and_the_second_waits(root, archive, mirrors):
 
 
 # --- copies of one's own ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["mirror", "own"])
+def test_a_file_that_was_compressed_anew_is_known_by_its_content(root, tmp_path, mirrors, how):
+    published, anew, other = gzip.compress(LABELS), gzip.compress(LABELS, 1, mtime=5), gzip.compress(LABELS + b"x")
+    file = mirrors[0].folder / "labels.gz"
+    file.write_bytes(published)
+    entry = remote(mirrors, file.name, content=f"sha256:{digest(LABELS)}")
+    path = catalogue(tmp_path, entry)
+    options = {"source": mirrors[0].folder} if how == "own" else {}
+    for wrong in (other, anew[:-9], LABELS):
+        file.write_bytes(wrong)
+        assert "labels.gz: " in failure("pets", root, path, **options)
+        assert not (root / "pets").exists()
+    file.write_bytes(anew)
+    folder = fetch("pets", root, path, **options)
+    assert (folder / "labels.gz").read_bytes() == anew != published
+    assert (status("pets", root, path), check("pets", root, path).count) == ("fetched", 1)
+    assert [(it.checksum, it.verified) for it in read_record(folder).files] == [(entry["content"], True)]
+    strict = catalogue(tmp_path, {key: value for key, value in entry.items() if key != "content"})
+    assert status("pets", root, strict) == "outdated"
+    assert "wrong checksum" in failure("pets", root, strict, force=True, **options)
+    file.write_bytes(published)
+    fetch("pets", root, strict, force=True, **options)
+    assert (folder / "labels.gz").read_bytes() == published
+    assert status("pets", root, catalogue(tmp_path, entry)) == "fetched"
 
 
 def test_archives_of_ones_own_are_verified_and_used_first(root, tmp_path, both, mirrors):

@@ -27,6 +27,7 @@ BUNDLED = ASSETS / "datasets.yaml"
 NAME = "[A-Za-z0-9][A-Za-z0-9_.-]*"
 Group = Literal[
     "CIFAR-100",
+    "real tasks",
     "FGVC",
     "VTAB-1k natural",
     "VTAB-1k specialised",
@@ -49,6 +50,11 @@ class RemoteFile(Settings):
         description="sha256:, sha1: or md5: and hexadecimal digits; null needs a note",
     )
     checksum_note: Text | None = Field(None, description="why there is no checksum; the first fetch then records one")
+    content: str | None = Field(
+        None,
+        pattern="^sha256:[0-9a-f]{64}$",
+        description="of a .gz file: checksum of what it holds, by which a copy that was compressed anew is known, too",
+    )
     size: int = Field(gt=0, description="bytes; what the check of disk space goes by")
     unpack: str | None = Field(None, description="folder below the data set's to unpack into; null keeps the file")
 
@@ -56,6 +62,8 @@ class RemoteFile(Settings):
     def _is_verified_and_stays_inside(self):
         if (self.checksum is None) != (self.checksum_note is not None):
             raise ValueError("give a checksum, or null with a note that says why")
+        if self.content is not None and (self.checksum is None or not self.name.endswith(".gz")):
+            raise ValueError("content goes with the checksum of a .gz file")
         if self.unpack is not None and (Path(self.unpack).is_absolute() or ".." in Path(self.unpack).parts):
             raise ValueError(f"unpack {self.unpack!r}: write a folder below the data set's own, or '.'")
         if self.unpack is not None and not is_archive(self.name):

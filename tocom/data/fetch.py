@@ -8,6 +8,8 @@ is left; after a wrong checksum the wrong file is deleted.
 from __future__ import annotations
 
 import contextlib
+import gzip
+import hashlib
 import json
 import logging
 import os
@@ -15,6 +17,7 @@ import re
 import shutil
 import sys
 import time
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,8 +54,11 @@ def _bar(items: Iterable | None = None, **options) -> tqdm:
     return tqdm(items, mininterval=0.2 if sys.stderr.isatty() else 10, dynamic_ncols=True, **options)
 
 
-def _download(file: RemoteFile, url: str, folder: Path, title: str) -> Path:
-    """Leave a verified file in ``folder``, unless it is there already, and return its path.
+def _download(file: RemoteFile, url: str, folder: Path, title: str) -> tuple[Path, str | None]:
+    """Leave a verified file in ``folder``, unless it is there already.
+
+    Returns:
+        Its path, and the checksum that it was verified by: of the file, or of its content.
 
     Raises:
         _MirrorError: the mirror does not have it, broke off, or has another file.
@@ -61,7 +67,14 @@ def _download(file: RemoteFile, url: str, folder: Path, title: str) -> Path:
     import pooch
     import requests
 
+    anew = ""  # the checksum of a file that holds what it should, but was compressed anew
+
     def get(url: str, output: str, _: object) -> None:
+        nonlocal anew
+        transfer(url, output)
+        anew = sha256(output) if file.content is not None and _content_of(Path(output)) == file.content else ""
+
+    def transfer(url: str, output: str) -> None:
         Path(output).unlink()  # pooch makes it private; one that is new is as readable as any
         if url.startswith("file:"):
             local = Path(unquote(urlsplit(url).path))
@@ -75,7 +88,7 @@ def _download(file: RemoteFile, url: str, folder: Path, title: str) -> Path:
 
     pooch.get_logger().setLevel("WARNING")
     try:
-        return Path(pooch.retrieve(url, file.checksum, file.name, folder, downloader=get))
+        return Path(pooch.retrieve(url, file.checksum, file.name, folder, downloader=get)), file.checksum
     except requests.HTTPError as error:
         code = error.response.status_code
         passing = code >= 500 or code in (408, 425, 429)
@@ -83,8 +96,23 @@ def _download(file: RemoteFile, url: str, folder: Path, title: str) -> Path:
     except requests.RequestException as error:
         raise _MirrorError(type(error).__name__, final=False) from None  # such as ConnectTimeout, SSLError
     except ValueError as error:  # pooch's way to say that the hash is wrong; it has deleted the file
+        if anew:
+            again = file.model_copy(update={"checksum": f"sha256:{anew}", "content": None})
+            return _download(again, url, folder, title)[0], file.content
         found = re.search(r"but got (\w+)", str(error))
         raise _MirrorError(f"wrong checksum {found[1]}, expected {file.checksum}" if found else str(error)) from None
+
+
+def _content_of(path: Path) -> str | None:
+    """Return the checksum of what a .gz file holds, or None if it is none."""
+    digest = hashlib.sha256()
+    try:
+        with gzip.open(path) as stream:
+            while piece := stream.read(_CHUNK):
+                digest.update(piece)
+    except (OSError, EOFError, zlib.error):
+        return None
+    return f"sha256:{digest.hexdigest()}"
 
 
 def _as_it_is(response, **_: object) -> None:
@@ -310,11 +338,11 @@ class _Job:
         for attempt in range(TRIES):
             for url in [url for url, problem in problems.items() if not problem.final]:
                 try:
-                    path = _download(file, url, self.download, f"{self.name}: {file.name}")
+                    path, checksum = _download(file, url, self.download, f"{self.name}: {file.name}")
                 except _MirrorError as problem:
                     problems[url] = problem
                     continue
-                checksum = file.checksum or f"sha256:{sha256(path)}"
+                checksum = checksum or f"sha256:{sha256(path)}"
                 if file.checksum is None:
                     _log.warning("%s was not verified: %s; it has %s", file.name, file.checksum_note, checksum)
                 about = {"name": file.name, "size": path.stat().st_size, "checksum": checksum}

@@ -25,7 +25,10 @@ SUMS = ".sha256sums"
 
 
 class FetchedFile(Settings):
-    """A file as it was fetched: ``verified`` is false where the catalogue had no checksum to compare with."""
+    """A file as it was fetched, with the checksum of the file, or of its content, that it was verified by.
+
+    ``verified`` is false where the catalogue had no checksum to compare with.
+    """
 
     name: str
     size: int
@@ -53,7 +56,10 @@ class Record(Settings):
         recorded = {file.name: (file.checksum, file.verified) for file in self.files}
         return self.folder is not None or (
             recorded.keys() == {file.name for file in entry.files}
-            and all(file.checksum is None or recorded[file.name] == (file.checksum, True) for file in entry.files)
+            and all(
+                file.checksum is None or recorded[file.name] in ((file.checksum, True), (file.content, True))
+                for file in entry.files
+            )
         )
 
 

@@ -20,9 +20,9 @@ from tocom.data.store import folder_of
 from tocom.errors import TocomError
 
 #: Families that give images; the catalogue's "collection" holds the files of several tasks.
-FAMILIES = ("ade20k", "cars", "cifar", "cub", "dogs", "flowers", "imagenet", "vtab")
+FAMILIES = ("ade20k", "cars", "cifar", "cub", "dogs", "flowers", "idx", "imagenet", "vtab")
 #: Families whose files state labels, but not how many classes there are.
-_OPEN_ENDED = ("ade20k", "vtab")
+_OPEN_ENDED = ("ade20k", "idx", "vtab")
 
 
 def why_no_task(family: str) -> str:
