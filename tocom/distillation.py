@@ -13,10 +13,18 @@ from tocom.parts import Compensator, Objective
 from tocom.vit import CompressedViT
 
 
-def draw_pair(highest: int, generator: torch.Generator | None = None) -> tuple[int, int]:
-    """Draw two different degrees (source, target) uniformly from 0..highest."""
-    source, target = (int(torch.randint(high, (), generator=generator)) for high in (highest + 1, highest))
-    return source, target + (target >= source)
+def draw_pair(
+    highest: int, source: int | None = None, need: float = 0.0, generator: torch.Generator | None = None
+) -> tuple[int, int]:
+    """Draw two different degrees (source, target) from 0..highest.
+
+    Args:
+        source: the source degree; None: any. need: a pair's probability is in proportion to its distance to this power.
+    """
+    sources = range(highest + 1) if source is None else (source,)
+    pairs = [(m, n) for m in sources for n in range(highest + 1) if m != n]
+    weights = torch.tensor([float(abs(m - n)) ** need for m, n in pairs])
+    return pairs[int(torch.multinomial(weights, 1, generator=generator))]
 
 
 def distillation_loss(teacher: Tensor, student: Tensor) -> Tensor:
@@ -34,14 +42,18 @@ class Distillation(Objective):
     """The backbone as teacher at one degree, and as student at another with the compensator beside its weights.
 
     Args:
-        teacher, student: the same backbone twice, behind the same compressor; neither is trained.
+        teacher, student: the same model twice, behind the same compressor; neither is trained.
         whole: see :meth:`tocom.parts.Part.objective`.
+
+    Attributes:
+        source: the degree that the teacher always runs at; None: it is drawn, too.
     """
 
     def __init__(self, teacher: CompressedViT, student: CompressedViT, compensator: Compensator, whole: bool = False):
         super().__init__()
         self.teacher, self.student = teacher.eval().requires_grad_(False), student.requires_grad_(False)
         self.compensator, self.whole = compensator, whole
+        self.source: int | None = compensator.source  # of every pair of degrees; None: any
         self._forward: tuple[Callable, Callable] = (self._view(self.teacher), self._view(self.student))
         for name, branch in compensator.branches().items():
             module = student.model.get_submodule(name)
@@ -65,7 +77,7 @@ class Distillation(Objective):
 
     def draw(self, generator: torch.Generator | None = None) -> tuple[int, int]:
         """Draw a source and a target degree."""
-        return draw_pair(self.compensator.max_degree, generator)
+        return draw_pair(self.compensator.max_degree, self.source, self.compensator.need, generator)
 
     def set(self, drawn: tuple[int, int]) -> Self:
         """From now on, run the teacher at the source degree, the student at the target with the change between them."""

@@ -345,6 +345,16 @@ class Compensator(Part):
         """The factor on its changes while it is learned; scales are multiples of it."""
         return 1.0
 
+    @property
+    def source(self) -> int | None:
+        """The source degree that it is learned for; None: any."""
+        return None
+
+    @property
+    def need(self) -> float:
+        """While it is learned, pairs of degrees are drawn in proportion to their distance to this power."""
+        return 0.0
+
     def deltas(self, source: Degree, target: Degree) -> dict[str, Tensor]:
         """Return what to add to which parameters of a model trained at ``source`` that runs at ``target``, unscaled.
 

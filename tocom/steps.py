@@ -1,4 +1,4 @@
-"""Compensators whose changes add up over steps of the degree: low-rank updates of linear layers, and vectors.
+"""Compensators whose changes add up over steps of the degree: updates of linear layers, and vectors.
 
 They hold a change for each step of one degree, i -> i+1 (or of several). The change from degree m to degree n sums the
 steps between them, with a minus sign when n < m: P(m->n) = -P(n->m) and P(m->k) + P(k->n) = P(m->n). All of it is named
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -32,8 +32,17 @@ class StepOptions(Settings):
     """Options of every :class:`StepCompensator`."""
 
     rank: Positive = Field(2, description="rank of one step's update")
-    step: Positive = Field(
-        1, description="degrees that one update spans; inside a step, they are interpolated linearly"
+    step: Positive | None = Field(
+        1, description="degrees that one update spans; inside a step, they are interpolated linearly; null: all degrees"
+    )
+    sources: Literal["any", "zero"] = Field(
+        "any", description="source degrees that are drawn while it is learned: any, or 0 alone"
+    )
+    need: float = Field(
+        0.0,
+        ge=0,
+        description="pairs of degrees are drawn with a probability in proportion to their distance to this power; 0:"
+        " all alike",
     )
     trained_scale: float = Field(1.0, gt=0, description="factor on the update while it is learned (public code: 0.1)")
     dropout: Fraction = Field(0.1, description="dropout on the bottleneck while it is learned")
@@ -63,6 +72,36 @@ class LowRank(NamedTuple):
         """Sum the updates with coefficients [depth, steps] -> weights [depth, P, out, in]."""
         return torch.einsum("ls,lpsok,lpski->lpoi", coefficients, self.up, self.down)
 
+    def beside(self, index: tuple[int, int, slice], factors: Tensor, x: Tensor, dropout: float) -> Tensor:
+        """Apply the updates at an index [block, part, steps], with a factor for each step, to x [B, N, in]."""
+        down = self.down[index].to(x.dtype)  # of a float32 compensator beside a backbone in bfloat16
+        up = (factors.view(-1, 1, 1) * self.up[index]).to(x.dtype)
+        hidden = F.linear(x, down.flatten(0, 1))
+        if dropout:
+            hidden = F.dropout(hidden, dropout)
+        return F.linear(hidden, up.transpose(0, 1).flatten(1))
+
+
+class Whole(NamedTuple):
+    """The same, of any rank.
+
+    Attributes:
+        values: [depth, P, steps, out, in]. updated, parts: as in :class:`LowRank`.
+    """
+
+    values: Tensor
+    updated: tuple[int, ...] = (0,)
+    parts: int = 1
+
+    def product(self, coefficients: Tensor) -> Tensor:
+        """Sum the updates with coefficients [depth, steps] -> weights [depth, P, out, in]."""
+        return torch.einsum("ls,lpsoi->lpoi", coefficients, self.values)
+
+    def beside(self, index: tuple[int, int, slice], factors: Tensor, x: Tensor, dropout: float) -> Tensor:
+        """Apply the updates at an index [block, part, steps], with a factor for each step, to x [B, N, in]."""
+        weight = torch.einsum("s,soi->oi", factors, self.values[index])
+        return F.dropout(F.linear(x, weight.to(x.dtype)), dropout)
+
 
 class Vectors(NamedTuple):
     """Changes of one bias, or of one weight or bias of a norm.
@@ -91,10 +130,10 @@ def draw_low_rank(shape: Shape, parts: int, steps: int, rank: int, n_in: int, n_
 
 
 class StepCompensator(Compensator):
-    """Changes for every step of the degree; a subclass says which (:meth:`low_rank`, :meth:`vectors`).
+    """Changes for every step of the degree; a subclass says which (:meth:`linear`, :meth:`vectors`).
 
     Attributes:
-        steps: as many as end at the highest degree, the last may reach beyond it.
+        step: degrees that one of them spans. steps: as many as end at the highest degree, the last may reach beyond it.
 
     Raises:
         TocomError: the highest degree is below 1.
@@ -106,11 +145,12 @@ class StepCompensator(Compensator):
         super().__init__(options, shape, max_degree)
         if max_degree < 1:
             raise TocomError(f"a compensator is for degrees from 0 to 1 or more, not to {max_degree}")
-        self.steps = -(-max_degree // self.options.step)
+        self.step = self.options.step or max_degree
+        self.steps = -(-max_degree // self.step)
         self._between: tuple[Tensor, int] = (torch.zeros(0), 0)
         self._eps: dict[str, float] = {}  # of the norms beside which it learns
 
-    def low_rank(self) -> dict[str, LowRank]:
+    def linear(self) -> dict[str, LowRank | Whole]:
         """Return the name of a linear layer in a block (``attn.qkv``) -> its updates."""
         return {}
 
@@ -122,6 +162,16 @@ class StepCompensator(Compensator):
     def trained_scale(self) -> float:
         """The factor on the update while it is learned."""
         return self.options.trained_scale
+
+    @property
+    def source(self) -> int | None:
+        """The source degree that it is learned for; None: any."""
+        return 0 if self.options.sources == "zero" else None
+
+    @property
+    def need(self) -> float:
+        """While it is learned, pairs of degrees are drawn in proportion to their distance to this power."""
+        return self.options.need
 
     def check_fits(self, vit: CompressedViT) -> None:
         """Raise TocomError unless it was learned for such a model and compressor."""
@@ -145,7 +195,7 @@ class StepCompensator(Compensator):
                 raise TocomError(
                     f"degree {degree} is out of range: this compensator was trained for degrees 0 to {self.max_degree}"
                 )
-        step = self.options.step
+        step = self.step
         low, high, sign = min(source, target), max(source, target), 1 if target > source else -1
         starts = range(0, self.steps * step, step)
         overlaps = [max(0, min(high, start + step) - max(low, start)) for start in starts]
@@ -160,7 +210,7 @@ class StepCompensator(Compensator):
     def deltas(self, source: Degree, target: Degree) -> dict[str, Tensor]:
         """Return the change of every parameter that it changes, before any scale."""
         coefficients, result = self.block_coefficients(source, target), {}
-        for layer, updates in self.low_rank().items():
+        for layer, updates in self.linear().items():
             for block, update in enumerate(updates.product(coefficients)):
                 rows = dict(zip(updates.updated, update, strict=True))
                 nothing = torch.zeros_like(update[0])
@@ -183,7 +233,7 @@ class StepCompensator(Compensator):
     def branches(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
         """Return what to do with the output of every module that has a parameter which changes."""
         result = {}
-        for layer in self.low_rank():
+        for layer in self.linear():
             for block in range(self.shape.depth):
                 result[f"blocks.{block}.{layer}"] = [partial(self._beside_linear, layer, block)]
         for module in dict.fromkeys(name.rpartition(".")[0] for name in self.vectors()):
@@ -197,19 +247,12 @@ class StepCompensator(Compensator):
 
     def _beside_linear(self, layer: str, block: int, x: Tensor, output: Tensor) -> Tensor:
         """Add the updates of a layer of one block: x [B, N, in], output [B, N, parts * out]."""
-        updates, (factors, steps) = self.low_rank()[layer], self._steps_between()
+        updates, (factors, steps) = self.linear()[layer], self._steps_between()
         parts = list(output.chunk(updates.parts, dim=-1))
+        dropout = self.options.dropout if self.training else 0.0
         for p, part in enumerate(updates.updated):
-            up = factors.view(-1, 1, 1) * updates.up[block, p, steps]
-            parts[part] = parts[part] + self._bottleneck(updates.down[block, p, steps], up, x)
+            parts[part] = parts[part] + updates.beside((block, p, steps), factors, x, dropout)
         return torch.cat(parts, dim=-1)
-
-    def _bottleneck(self, down: Tensor, up: Tensor, x: Tensor) -> Tensor:
-        down, up = down.to(x.dtype), up.to(x.dtype)  # of a float32 compensator beside a backbone in bfloat16
-        hidden = F.linear(x, down.flatten(0, 1))
-        if self.training and self.options.dropout:
-            hidden = F.dropout(hidden, self.options.dropout)
-        return F.linear(hidden, up.transpose(0, 1).flatten(1))
 
     def _beside_vectors(self, module: str, x: Tensor, output: Tensor) -> Tensor:
         """Add the change of the bias of a linear layer, or of the weight and bias of a norm: x [B, N, dim]."""

@@ -59,14 +59,14 @@ class ToCom(StepCompensator):
         n_projections, rank = len(self.options.projections), self.options.rank
         self.down, self.up = draw_low_rank(shape, n_projections, self.steps, rank, shape.dim, shape.dim)
 
-    def low_rank(self) -> dict[str, LowRank]:
+    def linear(self) -> dict[str, LowRank]:
         """Return the updates of the fused qkv layers."""
         updated = tuple(map(QKV.index, self.options.projections))
         return {"attn.qkv": LowRank(self.down, self.up, updated, len(QKV))}
 
     def update(self, source: Degree, target: Degree) -> Tensor:
         """Return P(source->target) as weights, before any scale [depth, P, dim, dim]; rows are outputs."""
-        return self.low_rank()["attn.qkv"].product(self.block_coefficients(source, target))
+        return self.linear()["attn.qkv"].product(self.block_coefficients(source, target))
 
     # --- the public code's files ------------------------------------------------------------------------------
 
