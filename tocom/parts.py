@@ -364,16 +364,20 @@ class Compensator(Part):
         raise NotImplementedError
 
     def between(self, source: Degree, target: Degree, whole: bool = False) -> None:
-        """Have :meth:`branches` compute the changes between two degrees from now on."""
+        """Have :meth:`changes` and :meth:`branches` be about these two degrees from now on, while it is learned."""
         raise NotImplementedError
 
+    def changes(self) -> dict[str, Tensor]:
+        """Return what is added to which parameters while it is learned, at the trained scale and with gradients."""
+        return {}
+
     def branches(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-        """Return how it acts beside the frozen weights while it is learned, at the trained scale.
+        """Return how else it acts beside the frozen weights while it is learned, at the trained scale.
 
         Returns:
             Name of a module of the ViT -> a function of the module's input and output that returns the new output.
         """
-        raise NotImplementedError
+        return {}
 
     def check_fits(self, vit: CompressedViT) -> None:
         """Raise TocomError unless it was learned for such a model and compressor."""

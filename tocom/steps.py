@@ -7,21 +7,18 @@ by parameters of the ViT, so it can be folded into them, after which the model c
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from tocom.degrees import Degree, counts
 from tocom.distillation import Distillation
 from tocom.errors import TocomError
 from tocom.folding import check_deltas
 from tocom.parts import Compensator, Shape
-from tocom.settings import Fraction, Positive, Settings
+from tocom.settings import Positive, Settings
 from tocom.vit import CompressedViT
 
 #: The three equal parts of a fused qkv weight, in their order there.
@@ -45,7 +42,6 @@ class StepOptions(Settings):
         " all alike",
     )
     trained_scale: float = Field(1.0, gt=0, description="factor on the update while it is learned (public code: 0.1)")
-    dropout: Fraction = Field(0.1, description="dropout on the bottleneck while it is learned")
 
 
 def each_once(chosen: tuple[str, ...], order: tuple[str, ...], what: str) -> tuple[str, ...]:
@@ -68,18 +64,9 @@ class LowRank(NamedTuple):
     updated: tuple[int, ...] = (0,)
     parts: int = 1
 
-    def product(self, coefficients: Tensor) -> Tensor:
-        """Sum the updates with coefficients [depth, steps] -> weights [depth, P, out, in]."""
-        return torch.einsum("ls,lpsok,lpski->lpoi", coefficients, self.up, self.down)
-
-    def beside(self, index: tuple[int, int, slice], factors: Tensor, x: Tensor, dropout: float) -> Tensor:
-        """Apply the updates at an index [block, part, steps], with a factor for each step, to x [B, N, in]."""
-        down = self.down[index].to(x.dtype)  # of a float32 compensator beside a backbone in bfloat16
-        up = (factors.view(-1, 1, 1) * self.up[index]).to(x.dtype)
-        hidden = F.linear(x, down.flatten(0, 1))
-        if dropout:
-            hidden = F.dropout(hidden, dropout)
-        return F.linear(hidden, up.transpose(0, 1).flatten(1))
+    def product(self, coefficients: Tensor, steps: slice = slice(None)) -> Tensor:
+        """Sum the updates of some steps with coefficients [depth, steps] -> weights [depth, P, out, in]."""
+        return torch.einsum("ls,lpsok,lpski->lpoi", coefficients, self.up[:, :, steps], self.down[:, :, steps])
 
 
 class Whole(NamedTuple):
@@ -93,14 +80,9 @@ class Whole(NamedTuple):
     updated: tuple[int, ...] = (0,)
     parts: int = 1
 
-    def product(self, coefficients: Tensor) -> Tensor:
-        """Sum the updates with coefficients [depth, steps] -> weights [depth, P, out, in]."""
-        return torch.einsum("ls,lpsoi->lpoi", coefficients, self.values)
-
-    def beside(self, index: tuple[int, int, slice], factors: Tensor, x: Tensor, dropout: float) -> Tensor:
-        """Apply the updates at an index [block, part, steps], with a factor for each step, to x [B, N, in]."""
-        weight = torch.einsum("s,soi->oi", factors, self.values[index])
-        return F.dropout(F.linear(x, weight.to(x.dtype)), dropout)
+    def product(self, coefficients: Tensor, steps: slice = slice(None)) -> Tensor:
+        """Sum the updates of some steps with coefficients [depth, steps] -> weights [depth, P, out, in]."""
+        return torch.einsum("ls,lpsoi->lpoi", coefficients, self.values[:, :, steps])
 
 
 class Vectors(NamedTuple):
@@ -148,14 +130,13 @@ class StepCompensator(Compensator):
         self.step = self.options.step or max_degree
         self.steps = -(-max_degree // self.step)
         self._between: tuple[Tensor, int] = (torch.zeros(0), 0)
-        self._eps: dict[str, float] = {}  # of the norms beside which it learns
 
     def linear(self) -> dict[str, LowRank | Whole]:
         """Return the name of a linear layer in a block (``attn.qkv``) -> its updates."""
         return {}
 
     def vectors(self) -> dict[str, Vectors]:
-        """Return the name of a bias, or of a norm's weight or bias -> its changes; those of a norm come in pairs."""
+        """Return the name of a bias, or of a norm's weight or bias -> its changes."""
         return {}
 
     @property
@@ -209,19 +190,23 @@ class StepCompensator(Compensator):
     @torch.no_grad()
     def deltas(self, source: Degree, target: Degree) -> dict[str, Tensor]:
         """Return the change of every parameter that it changes, before any scale."""
-        coefficients, result = self.block_coefficients(source, target), {}
+        return self._summed(self.block_coefficients(source, target))
+
+    def _summed(self, coefficients: Tensor, steps: slice = slice(None)) -> dict[str, Tensor]:
+        """Return the changes of all parameters, the sum of some steps with coefficients [depth, steps]."""
+        result = {}
         for layer, updates in self.linear().items():
-            for block, update in enumerate(updates.product(coefficients)):
+            for block, update in enumerate(updates.product(coefficients, steps)):
                 rows = dict(zip(updates.updated, update, strict=True))
                 nothing = torch.zeros_like(update[0])
                 change = torch.cat([rows.get(part, nothing) for part in range(updates.parts)])
                 result[f"blocks.{block}.{layer}.weight"] = change
-        return result | {name: it.sum(coefficients[it.block]) for name, it in self.vectors().items()}
+        return result | {name: it.sum(coefficients[it.block], steps) for name, it in self.vectors().items()}
 
-    # --- beside the frozen weights, while it is learned -------------------------------------------------------
+    # --- while it is learned --------------------------------------------------------------------------------
 
     def between(self, source: int, target: int, whole: bool = False) -> None:
-        """Have :meth:`branches` compute P(source->target) from now on.
+        """Have :meth:`changes` be P(source->target) from now on.
 
         Args:
             whole: also compute the updates whose coefficient is 0. That costs a little, but the shapes no longer
@@ -230,76 +215,29 @@ class StepCompensator(Compensator):
         coefficients = self.coefficients(source, target)
         self._between = (coefficients, 0) if whole else active(coefficients)
 
-    def branches(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-        """Return what to do with the output of every module that has a parameter which changes."""
-        result = {}
-        for layer in self.linear():
-            for block in range(self.shape.depth):
-                result[f"blocks.{block}.{layer}"] = [partial(self._beside_linear, layer, block)]
-        for module in dict.fromkeys(name.rpartition(".")[0] for name in self.vectors()):
-            result.setdefault(module, []).append(partial(self._beside_vectors, module))
-        return {module: partial(_in_turn, changes) for module, changes in result.items()}
+    def changes(self) -> dict[str, Tensor]:
+        """Return the present changes at the trained scale, with gradients."""
+        factors, steps = self._steps_between()
+        return self._summed(factors.expand(self.shape.depth, -1), steps)
 
     def _steps_between(self) -> tuple[Tensor, slice]:
         """Return the coefficients to compute with, times the trained scale, and the steps that they are of."""
         coefficients, first = self._between
         return self.trained_scale * coefficients, slice(first, first + len(coefficients))
 
-    def _beside_linear(self, layer: str, block: int, x: Tensor, output: Tensor) -> Tensor:
-        """Add the updates of a layer of one block: x [B, N, in], output [B, N, parts * out]."""
-        updates, (factors, steps) = self.linear()[layer], self._steps_between()
-        parts = list(output.chunk(updates.parts, dim=-1))
-        dropout = self.options.dropout if self.training else 0.0
-        for p, part in enumerate(updates.updated):
-            parts[part] = parts[part] + updates.beside((block, p, steps), factors, x, dropout)
-        return torch.cat(parts, dim=-1)
-
-    def _beside_vectors(self, module: str, x: Tensor, output: Tensor) -> Tensor:
-        """Add the change of the bias of a linear layer, or of the weight and bias of a norm: x [B, N, dim]."""
-        factors, steps = self._steps_between()
-        vectors = self.vectors()
-
-        def change(name: str, dtype: torch.dtype) -> Tensor:
-            return vectors[f"{module}.{name}"].sum(factors, steps).to(dtype)
-
-        bias = change("bias", output.dtype)
-        if f"{module}.weight" not in vectors:
-            return output + bias
-        weight = change("weight", output.dtype)
-        normed = F.layer_norm(x, weight.shape, eps=self._eps[module])
-        return output + normed.to(output.dtype) * weight + bias
-
-    def fit_beside(self, student: CompressedViT) -> None:
-        """Get ready to learn beside the weights of a model.
-
-        Raises:
-            TocomError: the model lacks a parameter that is changed, has it in another shape, or has other norms.
-        """
+    def check_parameters(self, student: CompressedViT) -> None:
+        """Raise TocomError unless a model has all parameters that are changed, in their shapes."""
         self.check_fits(student)
-        model = student.model
         try:
-            check_deltas(model, self.deltas(0, self.max_degree))
+            check_deltas(student.model, self.deltas(0, self.max_degree))
         except TocomError as error:
             reason = str(error).rpartition(";")[0]
             raise TocomError(f"{reason}; set the options of {self.title} to what the model has") from None
-        for name in self.vectors():
-            module, _, parameter = name.rpartition(".")
-            if parameter == "weight":
-                norm = model.get_submodule(module)
-                if not isinstance(norm, nn.LayerNorm):
-                    raise TocomError(f"{module} is a {type(norm).__name__}; {self.title} only changes layer norms")
-                self._eps[module] = norm.eps
 
     def objective(self, teacher: CompressedViT, student: CompressedViT, whole: bool) -> Distillation:
         """Distil between two degrees that are drawn for every step."""
-        self.fit_beside(student)
+        self.check_parameters(student)
         return Distillation(teacher, student, self, whole)
-
-
-def _in_turn(changes: list[Callable[[Tensor, Tensor], Tensor]], x: Tensor, output: Tensor) -> Tensor:
-    for change in changes:
-        output = change(x, output)
-    return output
 
 
 def active(coefficients: Tensor) -> tuple[Tensor, int]:

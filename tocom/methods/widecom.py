@@ -15,7 +15,7 @@ from torch import nn
 
 from tocom.distillation import FeatureMatching
 from tocom.parts import Shape
-from tocom.settings import Fraction, Positive
+from tocom.settings import Positive
 from tocom.steps import QKV, LowRank, StepCompensator, StepOptions, Vectors, Whole, draw_low_rank, each_once
 from tocom.vit import CompressedViT
 
@@ -51,7 +51,6 @@ class WideComOptions(StepOptions):
     )
     feature: float = Field(1.0, ge=0, description="weight of the error of the features (relative mean square)")
     kl: float = Field(0.0, ge=0, description="weight of the divergence of the logits (nats)")
-    dropout: Fraction = Field(0.0, description="dropout on the bottleneck while it is learned")
     mlp_ratio: float = Field(4.0, gt=0, description="width of the backbone's MLPs over that of the backbone")
 
     @field_validator("layers")
@@ -141,7 +140,7 @@ class WideCom(StepCompensator):
 
     def objective(self, teacher: CompressedViT, student: CompressedViT, whole: bool) -> FeatureMatching:
         """Match features between two degrees that are drawn for every step."""
-        self.fit_beside(student)
+        self.check_parameters(student)
         return FeatureMatching(teacher, student, self, whole, self.options.feature, self.options.kl)
 
 
