@@ -15,6 +15,10 @@ PARTS: dict[str, dict[str, str]] = {
         "pitome": "tocom.methods.pitome:PiToMe",
         "tofu": "tocom.methods.tofu:ToFu",
         "diffrate": "tocom.methods.diffrate:DiffRate",
+        "topk": "tocom.methods.topk:TopK",
+        "quantise": "tocom.methods.quantise:Quantise",
+        "lorc": "tocom.methods.lorc:LoRC",
+        "condense": "tocom.methods.condense:Condense",
     },
     "tuning": {
         "full": "tocom.methods.full:Full",
