@@ -72,7 +72,8 @@ class Pipeline(Share):
     @classmethod
     def label(cls, options: PipelineOptions) -> str:
         """Return what tables call it with these options."""
-        back = {"own": None, "none": "gradients whole"}.get(options.backward, f"{options.backward} gradients")
+        usual = options.backward == cls.Options().backward
+        back = None if usual else "gradients whole" if options.backward == "none" else f"{options.backward} gradients"
         milder = None if options.backward_degree is None else f"gradients at {options.backward_degree}"
         feedback = None if options.feedback == "none" else options.feedback.replace("_", "-").upper()
         notes = ", ".join(filter(None, (back, milder, feedback)))

@@ -63,7 +63,7 @@ def test_own_entries_are_the_largest_of_the_gradient():
 
 
 def test_labels_tell_options_apart():
-    assert TopK.label(TopKOptions()) == "TopK (shared gradients)"
+    assert TopK.label(TopKOptions()) == "TopK"
     assert TopK.label(TopKOptions(backward="own", backward_degree=2, feedback="ef_mixed")) == (
-        "TopK (gradients at 2, EF-MIXED)"
+        "TopK (own gradients, gradients at 2, EF-MIXED)"
     )
