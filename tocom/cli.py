@@ -280,14 +280,16 @@ def import_public(
 
 @app.command()
 def methods() -> None:
-    """List the parts that methods are made of: reference, degree axis, what they train, what they need."""
+    """List the parts that methods are made of: reference, degree axis and what falls, what they train and need."""
     from tocom.methods import PARTS
     from tocom.parts import part_class
 
     for role, names in PARTS.items():
         classes = {name: part_class(role, name) for name in names}
-        rows = [(n, c.title, c.reference, getattr(c, "axis", "–"), c.trains, c.needs) for n, c in classes.items()]
-        table((role, "title", "reference", "degree", "trains", "needs"), rows)
+        degree = {"degree": "axis", "saves": "saves"} if role == "compressor" else {}
+        said = {"title": "title", "reference": "reference"} | degree | {"trains": "trains", "needs": "needs"}
+        rows = [(name, *(getattr(cls, what) for what in said.values())) for name, cls in classes.items()]
+        table((role, *said), rows)
 
 
 @app.command()
