@@ -17,7 +17,7 @@ MODULES = {
 SOURCES = [*MODULES.values(), *sorted(ROOT.glob("workflow/**/*.smk")), ROOT / "Snakefile"]
 REGISTRY = ROOT / "tocom" / "methods" / "__init__.py"
 #: Names that mean other things, too.
-COMMON = {"full", "head", "none", "tocom"}
+COMMON = {"full", "head", "none", "tocom", "topk"}
 #: Place of a part -> what must not be found outside of its file: its name as a word, or as a quoted one.
 FOREIGN = {place: rf"\b{name}\b" for names in PARTS.values() for name, place in names.items() if name not in COMMON}
 FOREIGN["tocom.methods.tocom:ToCom"] = r"""(?<!module )["']tocom["']|\bToCom\("""

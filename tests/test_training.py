@@ -115,6 +115,47 @@ def test_a_run_killed_in_mid_epoch_gives_the_same_weights(tmp_path, micro, stop_
     assert len(resumed_draws) == len(draws) - done
 
 
+class Trail(nn.Module):
+    """Scale what passes by what has passed in training: a buffer that grows, and belongs to no state_dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", torch.empty(0), persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            self.seen = torch.cat([self.seen, x.detach().mean()[None]])
+        return x * (1 + self.seen.sum())
+
+
+@pytest.mark.usefixtures("every_step")
+@pytest.mark.parametrize("best", [1, 2, 3])
+def test_buffers_are_resumed_and_are_those_of_the_best_epoch(tmp_path, best):
+    def trained(resume=None, stop_after=None):
+        torch.manual_seed(0)
+        net, steps = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Tanh(), Trail(), nn.Linear(8, 1)), 0
+
+        def step(indices):
+            nonlocal steps
+            steps += 1
+            if steps == stop_after:
+                raise KeyboardInterrupt
+            return (net(DATA[indices]).squeeze(-1) - TARGET[indices]).square().mean()
+
+        def score():
+            return (-abs(len(net[3].seen) - 5.0 * best),)
+
+        assert fit(step, net, len(DATA), SETTINGS, 0, score, "test", {}, resume)["best_epoch"] == best
+        return net.state_dict() | dict(net.named_buffers())
+
+    whole = trained()
+    assert len(whole["3.seen"]) == whole["1.num_batches_tracked"] == 5 * best
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "state", 8)
+    resumed = trained(tmp_path / "state")
+    assert all(torch.equal(value, whole[name]) for name, value in resumed.items())
+
+
 @pytest.mark.usefixtures("every_step")
 def test_two_states_are_kept_and_an_unreadable_one_gives_way(tmp_path):
     whole, _ = run(SETTINGS)

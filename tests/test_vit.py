@@ -288,7 +288,8 @@ def test_a_malformed_degree_is_refused_and_the_model_stays_as_it_was(make_vit, i
 @pytest.mark.parametrize(
     ("compressor", "dynamo"),
     [("tome", False), ("tome", True), ("evit", False), ("tome_mlp", False)]
-    + [(part, dynamo) for part in ("pitome", UNPROTECTED, FUSION, "pyra", "sparse_tuning") for dynamo in (False, True)],
+    + [(part, dynamo) for part in ("pitome", UNPROTECTED, FUSION, "pyra", "sparse_tuning") for dynamo in (False, True)]
+    + [("topk", False), ("quantise", True), ("lorc", False), ("condense", True), ("condense", False)],
     ids=str,
 )
 def test_every_degree_is_exported_to_onnx_and_torch_export_and_gives_the_same_logits(compressor, dynamo, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +63,10 @@ def _missing_source(what: str, source: str | None) -> Iterator[str]:
 def _optimizers(study: Study) -> Iterator[str]:
     given = {"learn": study.learn.optimizer, "pretrain": study.pretrain.optimizer}
     given |= {f"backbone {it.name!r}: pretrain": study.pretrain_for(it.name).optimizer for it in study.backbones}
-    given |= {f"task {name!r}: finetune": study.finetune_for(name).optimizer for name in study.task_names}
+    for name, method in product(study.task_names, study.methods):
+        given[f"task {name!r}, method {method!r}: finetune"] = study.finetune_for(name, method).optimizer
+        if (adapted := study.adapt_for(method)) is not None:
+            given[f"method {method!r}: adapt"] = adapted.optimizer
     if set(given.values()) == {"adamw"}:  # spares a slow import
         return
     from timm.optim import list_optimizers

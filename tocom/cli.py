@@ -38,6 +38,9 @@ CompensatorsBySeed = Annotated[
         help="A method's compensator. Repeatable, for a method too: a model gets the one learned with its seed.",
     ),
 ]
+CheckpointOption = Annotated[
+    list[Path], typer.Option("--checkpoint", help="A fine-tuned model, or a folder of them. Repeatable.")
+]
 Learned = Annotated[Optional[Path], typer.Option(help="File of the compressor, if it is one that is learned.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that decode and augment images.")]
 Processes = Annotated[int, typer.Option(min=1, help="Processes on each node that train one model together.")]
@@ -141,9 +144,37 @@ def finetune(
 
 
 @app.command()
+def adapt(
+    job: JobArgument,
+    checkpoint: CheckpointOption,
+    data: DataOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the adapted compensators.")],
+    learned: Annotated[
+        Optional[list[Path]], typer.Option(help="Compensator to start from. Repeatable: one of each seed.")
+    ] = None,
+    sets: Sets = None,
+    workers: Workers = 0,
+    processes: Processes = 1,
+    nodes: Nodes = 1,
+) -> None:
+    """Adapt a compensator to fine-tuned models, on images of their task without labels."""
+    from tocom.distributed import launch
+    from tocom.jobs import AdaptJob, read_job
+    from tocom.stages.adapt import adapt as stage
+
+    it = read_job(AdaptJob, job, sets or ())
+    launch(processes, nodes, it.settings.device)
+    files = checkpoint[0] if len(checkpoint) == 1 else checkpoint
+    for about in stage(it, files, data, output, learned, workers):
+        before, after = about["held_out_kl_without"], about["held_out_kl"]
+        gain = f"held-out loss {before:.4f} -> {after:.4f} nats (best epoch {about['best_epoch']})"
+        say(f"train degree {about['train_degree']}, seed {about['seed']}: {gain}")
+
+
+@app.command()
 def evaluate(
     job: JobArgument,
-    checkpoint: Annotated[list[Path], typer.Option(help="A fine-tuned model, or a folder of them. Repeatable.")],
+    checkpoint: CheckpointOption,
     data: DataOption,
     output: Output,
     compensator: CompensatorsBySeed = None,
@@ -249,14 +280,16 @@ def import_public(
 
 @app.command()
 def methods() -> None:
-    """List the parts that methods are made of: reference, degree axis, what they train, what they need."""
+    """List the parts that methods are made of: reference, degree axis and what falls, what they train and need."""
     from tocom.methods import PARTS
     from tocom.parts import part_class
 
     for role, names in PARTS.items():
         classes = {name: part_class(role, name) for name in names}
-        rows = [(n, c.title, c.reference, getattr(c, "axis", "–"), c.trains, c.needs) for n, c in classes.items()]
-        table((role, "title", "reference", "degree", "trains", "needs"), rows)
+        degree = {"degree": "axis", "saves": "saves"} if role == "compressor" else {}
+        said = {"title": "title", "reference": "reference"} | degree | {"trains": "trains", "needs": "needs"}
+        rows = [(name, *(getattr(cls, what) for what in said.values())) for name, cls in classes.items()]
+        table((role, *said), rows)
 
 
 @app.command()

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import Any, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from tocom.parts import Compensator, Objective
 from tocom.vit import CompressedViT
 
 
-def draw_pair(highest: int, generator: torch.Generator | None = None) -> tuple[int, int]:
-    """Draw two different degrees (source, target) uniformly from 0..highest."""
-    source, target = (int(torch.randint(high, (), generator=generator)) for high in (highest + 1, highest))
-    return source, target + (target >= source)
+def draw_pair(
+    highest: int, source: int | None = None, need: float = 0.0, generator: torch.Generator | None = None
+) -> tuple[int, int]:
+    """Draw two different degrees (source, target) from 0..highest.
+
+    Args:
+        source: the source degree; None: any. need: a pair's probability is in proportion to its distance to this power.
+    """
+    sources = range(highest + 1) if source is None else (source,)
+    pairs = [(m, n) for m in sources for n in range(highest + 1) if m != n]
+    weights = torch.tensor([float(abs(m - n)) ** need for m, n in pairs])
+    return pairs[int(torch.multinomial(weights, 1, generator=generator))]
 
 
 def distillation_loss(teacher: Tensor, student: Tensor) -> Tensor:
@@ -30,31 +39,59 @@ def feature_loss(teacher: Tensor, student: Tensor) -> Tensor:
     return (error / teacher.var(-1, correction=0).clamp(min=1e-6)).mean()
 
 
+class _View(nn.Module):
+    """A model whose results are those of a function of it."""
+
+    def __init__(self, vit: CompressedViT, view: Callable[[CompressedViT, Tensor], Any]):
+        super().__init__()
+        self.vit, self.view = vit, view
+
+    def forward(self, images: Tensor) -> Any:
+        return self.view(self.vit, images)
+
+
 class Distillation(Objective):
     """The backbone as teacher at one degree, and as student at another with the compensator beside its weights.
 
     Args:
-        teacher, student: the same backbone twice, behind the same compressor; neither is trained.
+        teacher, student: the same model twice, behind the same compressor; neither is trained.
         whole: see :meth:`tocom.parts.Part.objective`.
+
+    Attributes:
+        source: the degree that the teacher always runs at; None: it is drawn, too.
     """
 
     def __init__(self, teacher: CompressedViT, student: CompressedViT, compensator: Compensator, whole: bool = False):
         super().__init__()
         self.teacher, self.student = teacher.eval().requires_grad_(False), student.requires_grad_(False)
         self.compensator, self.whole = compensator, whole
-        self._forward: tuple[Callable, Callable] = (self._view(self.teacher), self._view(self.student))
+        self.source: int | None = compensator.source  # of every pair of degrees; None: any
+        # In tuples, so that they are no modules of this one a second time.
+        self._views = _View(self.teacher, self.view), _View(self.student, self.view)
+        self._forward: tuple[Callable, Callable] = (self._views[0], self.changed)
         for name, branch in compensator.branches().items():
             module = student.model.get_submodule(name)
             module.register_forward_hook(lambda _, inputs, output, branch=branch: branch(inputs[0], output))
         self.set((0, compensator.max_degree))
 
-    def _view(self, vit: CompressedViT) -> Callable:
-        """Return the forward pass of a model whose results are compared."""
-        return vit
+    @staticmethod
+    def view(vit: CompressedViT, images: Tensor) -> Any:
+        """Return the results of a model that are compared."""
+        return vit(images)
+
+    def changed(self, images: Tensor) -> Any:
+        """Return the student's results with the compensator's changes of its parameters."""
+        student = self._views[1]
+        changes = {f"vit.model.{name}": change for name, change in self.compensator.changes().items()}
+        if not changes:
+            return student(images)
+        weights = {name: student.get_parameter(name) for name in changes}
+        changed = {name: weights[name] + change.to(weights[name].dtype) for name, change in changes.items()}
+        return functional_call(student, changed, (images,))
 
     def compiled(self, wrap: Callable) -> Self:
-        """Compile both forward passes by ``wrap``; in a tuple, so that they are no modules of this one."""
-        self._forward = wrap(self._view(self.teacher)), wrap(self._view(self.student))
+        """Compile both forward passes by ``wrap``."""
+        self._forward = wrap(self._views[0]), wrap(self.changed)
         return self
 
     def train(self, mode: bool = True) -> Self:
@@ -65,7 +102,7 @@ class Distillation(Objective):
 
     def draw(self, generator: torch.Generator | None = None) -> tuple[int, int]:
         """Draw a source and a target degree."""
-        return draw_pair(self.compensator.max_degree, generator)
+        return draw_pair(self.compensator.max_degree, self.source, self.compensator.need, generator)
 
     def set(self, drawn: tuple[int, int]) -> Self:
         """From now on, run the teacher at the source degree, the student at the target with the change between them."""
@@ -105,8 +142,10 @@ class FeatureMatching(Distillation):
         super().__init__(teacher, student, compensator, whole)
         self.weights = feature, kl
 
-    def _view(self, vit: CompressedViT) -> Callable:
-        return vit.pooled_and_logits
+    @staticmethod
+    def view(vit: CompressedViT, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is classified, and the logits."""
+        return vit.pooled_and_logits(images)
 
     def _losses(self, images: Tensor) -> tuple[Tensor, Tensor]:
         teacher, student = self._forward

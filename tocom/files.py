@@ -25,6 +25,20 @@ def listed(paths: Paths) -> list[Path]:
     return [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
 
 
+def checkpoint_files(checkpoints: Paths) -> list[Path]:
+    """Return the checkpoints in a folder, by name, or those that were named.
+
+    Raises:
+        TocomError: the folder holds none.
+    """
+    if not isinstance(checkpoints, str | os.PathLike) or not Path(checkpoints).is_dir():
+        return listed(checkpoints)
+    files = sorted(Path(checkpoints).glob("*.safetensors"))
+    if not files:
+        raise TocomError(f"{checkpoints} holds no checkpoints; fine-tune some first (`tocom finetune`)")
+    return files
+
+
 @contextlib.contextmanager
 def atomic(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it into place only if the block succeeds.

@@ -19,6 +19,7 @@ from tocom.errors import TocomError
 from tocom.methods import DEFAULTS
 from tocom.parts import described
 from tocom.settings import (
+    AdaptSettings,
     EvaluateSettings,
     FinetuneSettings,
     LearnSettings,
@@ -134,6 +135,14 @@ class FinetuneJob(Job):
     def training(self) -> FinetuneSettings | SegmentSettings:
         """The validated settings."""
         return FINETUNE[self.task_kind].model_validate(self.settings)
+
+
+class AdaptJob(Job):
+    """Adapt a compensator to the checkpoints of one task, on its images without labels."""
+
+    compensator: PartSpec = Field(DEFAULTS["compensator"], description="what is adapted")
+    max_degree: int = Field(ge=1, description="highest degree")
+    settings: AdaptSettings = AdaptSettings()
 
 
 class EvaluatedMethod(Settings):
@@ -307,7 +316,7 @@ class Plan:
             task=name,
             source=entry.source(),
             data=study.data_for(name).model_copy(update={"image_size": study.image_size_for(name)}),
-            decode_train=getattr(study.finetune_for(name), "augmentation", None) != "timm",
+            decode_train=study.decodes(name),
         )
 
     def import_backbone(self, wildcards: Any) -> ImportJob:
@@ -344,9 +353,29 @@ class Plan:
             checkpoints=study.batches(tuned)[wildcards.batch],
             max_degree=study.max_degree,
             task_kind=study.task_kind,
-            settings=study.finetune_for(entry.name).recipe(),
+            settings=study.finetune_for(entry.name, tuned).recipe(),
             fine_tuned=None if method.tuning.part.trains_anything else entry.fine_tuned,
         )
+
+    def adapt(self, wildcards: Any) -> AdaptJob:
+        """Return the job that adapts a method's compensator to a batch of checkpoints."""
+        study, name = self.study(wildcards), wildcards.method
+        return AdaptJob(
+            compensator=study.methods[name].compensator.described(),
+            max_degree=study.max_degree,
+            settings=study.adapt_for(name),
+        )
+
+    def adapted_from(self, wildcards: Any) -> list[str]:
+        """Return the files of the compensator that is adapted, one a seed of the batch; none: it starts from zero."""
+        study = self.study(wildcards)
+        seeds = self._seeds_of(wildcards, study.tuned_as(wildcards.method))
+        return [file for _, file in self._files_of(study, wildcards.backbone, [wildcards.method], seeds)]
+
+    def adapted_to(self, wildcards: Any, pattern: str) -> str:
+        """Return the folder of checkpoints that a method's compensator is adapted to, from its pattern."""
+        names = {name: getattr(wildcards, name) for name in ("study", "backbone", "task", "batch")}
+        return pattern.format(tuned=self.study(wildcards).tuned_as(wildcards.method), **names)
 
     def evaluate(self, wildcards: Any) -> EvaluateJob:
         """Return the job that evaluates a batch of checkpoints."""
@@ -394,9 +423,18 @@ class Plan:
         return f"{study.store_folder}/backbones/{name}.safetensors" if entry.is_made else str(resolve(entry.checkpoint))
 
     def compensators(self, wildcards: Any) -> list[tuple[str, str]]:
-        """Return (method, file) of the compensators that a batch of checkpoints is evaluated with, one a seed of it."""
+        """Return (method, file) of the compensators that a batch of checkpoints is evaluated with, one a seed of it,
+        but for those that are adapted to them (:meth:`adapted`)."""
         study = self.study(wildcards)
-        return self._files_of(study, wildcards.backbone, study.sharing(wildcards.tuned), self._seeds_of(wildcards))
+        sharing = [name for name in study.sharing(wildcards.tuned) if study.methods[name].adapt is None]
+        return self._files_of(study, wildcards.backbone, sharing, self._seeds_of(wildcards))
+
+    def adapted(self, wildcards: Any, pattern: str) -> list[tuple[str, str]]:
+        """Return (method, folder) of the compensators that are adapted to a batch of checkpoints, by their pattern."""
+        study = self.study(wildcards)
+        names = {name: getattr(wildcards, name) for name in ("study", "backbone", "task", "batch")}
+        methods = [name for name in study.sharing(wildcards.tuned) if study.methods[name].adapt is not None]
+        return [(name, pattern.format(method=name, **names)) for name in methods]
 
     def timed_compensators(self, wildcards: Any) -> list[tuple[str, str]]:
         """Return (method, file) of the compensators that are timed beside ``tuned``: any seed costs the same."""
@@ -410,8 +448,8 @@ class Plan:
         files = [(method, study.learned_file(backbone, method, seed, role)) for method, seed in product(methods, seeds)]
         return [(method, str(path)) for method, path in files if path is not None]
 
-    def _seeds_of(self, wildcards: Any) -> list[int]:
-        batch = self.study(wildcards).batches(wildcards.tuned)[wildcards.batch]
+    def _seeds_of(self, wildcards: Any, tuned: str | None = None) -> list[int]:
+        batch = self.study(wildcards).batches(tuned or wildcards.tuned)[wildcards.batch]
         return sorted({checkpoint.seed for checkpoint in batch})
 
     def learned_before(self, wildcards: Any) -> list[str]:

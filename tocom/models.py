@@ -20,8 +20,8 @@ from tocom.files import check_finite, digest, load_tensors, save_tensors
 from tocom.files import sha256 as sha256_of
 from tocom.folding import is_folded
 from tocom.gpus import claim
-from tocom.parts import Compressor, is_head, make_part
-from tocom.vit import CompressedViT
+from tocom.parts import Compressor, Shape, describe, is_head, make_part
+from tocom.vit import CompressedViT, check_supported
 
 
 @dataclass(frozen=True)
@@ -192,15 +192,17 @@ def _separated(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
 
 
 def compress(model: nn.Module, about: dict, compressor: str | dict | Compressor, degree: int = 0) -> CompressedViT:
-    """Wrap a loaded model as its checkpoint's metadata say it is to be run, its compressor's parameters loaded."""
-    attention, highest = about.get("proportional_attention", True), about.get("max_degree", 0)
-    vit = CompressedViT(model, compressor, degree, attention, highest)
+    """Wrap a loaded model as its checkpoint's metadata say it is to be run, its compressor's state loaded.
+
+    A model that was trained behind a compressor of another kind, at degree 0, has no state for this one.
+    """
+    check_supported(model)
+    part = make_part("compressor", compressor, Shape.of(model), about.get("max_degree", 0))
     state = about.get("beside", {}).get("compressor")
-    if state:
-        vit.compressor.load_state_dict(state)
-        vit.set_degree(degree)  # what a degree removes may be among the parameters
-    vit.compressor.to(next(model.parameters()).device)
-    return vit
+    if state and about.get("compressor", {}).get("kind") in (None, describe(part)["kind"]):
+        part.load_state_dict(state)  # before it sees the model, which may have been fine-tuned since
+    part.to(next(model.parameters()).device)
+    return CompressedViT(model, part, degree, about.get("proportional_attention", True))
 
 
 # --- foreign weights ------------------------------------------------------------------------------------------------
@@ -326,7 +328,7 @@ def load_fine_tuned(
         )
     for key in ("tuning", "beside"):
         described.pop(key, None)
-    kept = {key: own[key] for key in ("architecture", "kwargs", "tuning", "beside") if key in own}
+    kept = {key: own[key] for key in ("architecture", "kwargs", "tuning", "compressor", "beside") if key in own}
     return model.eval(), described | kept | {"fine_tuned": {"file": path.name, "sha256": hashed}}
 
 

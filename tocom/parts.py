@@ -148,7 +148,7 @@ class Attention:
     Attributes:
         q, k, v: queries, keys and values [B, heads, N, head_dim], as they enter the dot product.
         scale: factor on the logits (head_dim ** -0.5). dropout: on the attention weights, 0 in eval mode.
-        bias: log token size [B, 1, 1, N] that is added to the logits, or None.
+        bias: log token size [B or 1, 1, 1, N] that is added to the logits, or None.
     """
 
     q: Tensor
@@ -163,6 +163,7 @@ class Compressor(Part):
     """What a block does at a degree: by default it removes tokens between its attention and its MLP.
 
     Attributes:
+        axis: what a degree is a number of. saves: what falls as it rises; see :meth:`cost`.
         needs_class_token: whether it can only work on a model with a class token.
         restores: whether every token leaves the block that entered it, so that only a part of the block sees fewer.
         adapts: whether its parameters, once they are trained, change what the model computes at degree 0, too.
@@ -170,6 +171,7 @@ class Compressor(Part):
 
     role = "compressor"
     axis: ClassVar[str] = "tokens removed in each block"
+    saves: ClassVar[str] = "GFLOPs"
     needs_class_token: ClassVar[bool] = False
     restores: ClassVar[bool] = False
     adapts: ClassVar[bool] = False
@@ -178,6 +180,20 @@ class Compressor(Part):
     def highest(cls, options: Settings, patches: int) -> int:
         """Return the highest degree at which images of so many patches can run."""
         return patches // 2
+
+    def fit_to(self, model: nn.Module) -> None:
+        """Take what it has to know of the timm ViT behind it.
+
+        Called by every :class:`tocom.vit.CompressedViT`, before its first degree. What is to stay that of the
+        pre-trained weights belongs into buffers, which checkpoints hold, and must not be taken from a second model.
+        """
+
+    def cost(self, degree: Degree) -> float | None:
+        """Return how much of what it saves one image takes, at the model's own input size.
+
+        None stands for GFLOPs, which are counted on a model; see :func:`tocom.vit.cost`.
+        """
+        return None
 
     def counts(self, degree: Degree, depth: int) -> tuple[int, ...]:
         """Return what each of ``depth`` blocks is told to remove at a degree, before the block's own limit."""
@@ -188,9 +204,15 @@ class Compressor(Part):
         return token_counts(0 if self.restores else self.counts(degree, depth), depth, n_tokens, prefix)
 
     def project(self, attn: nn.Module, x: Tensor, tokens: Tokens) -> Sequence[Tensor]:
-        """Return queries, keys and values [B, heads, N, head_dim] of normalised tokens x [B, N, D]."""
-        shape = *x.shape[:2], attn.num_heads, attn.head_dim
-        return [part.view(shape).transpose(1, 2) for part in attn.qkv(x).chunk(3, dim=-1)]
+        """Return queries, keys and values [B, heads, N, head_dim] of normalised tokens x [B, N, D].
+
+        There may be fewer keys and values than tokens; see :meth:`key_sizes`.
+        """
+        return split_heads(attn, *attn.qkv(x).chunk(3, dim=-1))
+
+    def key_sizes(self, tokens: Tokens) -> Tensor | None:
+        """Return how many patches each key stands for [B or 1, keys, 1], or None while each stands for one."""
+        return tokens.size
 
     def mix(self, attention: Attention, tokens: Tokens) -> Tensor:
         """Return the attention's output, head by head [B, heads, N, head_dim]."""
@@ -215,6 +237,46 @@ class Compressor(Part):
     def penalty(self) -> Tensor | float:
         """Return a loss of its own that fine-tuning adds."""
         return 0.0
+
+
+#: Of compressors that leave a share of something: degree d leaves 1 - d / SIXTEENTHS.
+SIXTEENTHS = 16
+
+
+class Share(Compressor):
+    """A compressor whose degree d = 0..15 leaves the share 1 - d / 16 of something, and all tokens where they are."""
+
+    restores = True
+
+    @classmethod
+    def highest(cls, options: Settings, patches: int) -> int:
+        """Return the highest degree, at which a sixteenth is left."""
+        return SIXTEENTHS - 1
+
+    def counts(self, degree: Degree, depth: int) -> tuple[int, ...]:
+        """Return the sixteenths that each block goes without.
+
+        Raises:
+            TocomError: the degree is malformed, or nothing would be left.
+        """
+        result = counts(degree, depth)
+        if max(result) >= SIXTEENTHS:
+            raise TocomError(f"degree {degree!r} is out of range: {self.title} goes up to {SIXTEENTHS - 1}")
+        return result
+
+    def compress(self, tokens: Tokens, attention: Attention) -> Tokens:
+        """Return the tokens as they are."""
+        return tokens
+
+
+def left_of(number: int, count: int) -> int:
+    """Return how many of ``number`` things are left without ``count`` sixteenths of them; at least one."""
+    return max(1, round(int(number) * (SIXTEENTHS - count) / SIXTEENTHS))  # to a tracer, shapes are tensors
+
+
+def split_heads(attn: nn.Module, *parts: Tensor) -> list[Tensor]:
+    """Return queries, keys or values [B, N, heads * head_dim] head by head [B, heads, N, head_dim]."""
+    return [part.view(*part.shape[:2], attn.num_heads, attn.head_dim).transpose(1, 2) for part in parts]
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
@@ -350,6 +412,16 @@ class Compensator(Part):
         """The factor on its changes while it is learned; scales are multiples of it."""
         return 1.0
 
+    @property
+    def source(self) -> int | None:
+        """The source degree that it is learned for; None: any."""
+        return None
+
+    @property
+    def need(self) -> float:
+        """While it is learned, pairs of degrees are drawn in proportion to their distance to this power."""
+        return 0.0
+
     def deltas(self, source: Degree, target: Degree) -> dict[str, Tensor]:
         """Return what to add to which parameters of a model trained at ``source`` that runs at ``target``, unscaled.
 
@@ -359,16 +431,20 @@ class Compensator(Part):
         raise NotImplementedError
 
     def between(self, source: Degree, target: Degree, whole: bool = False) -> None:
-        """Have :meth:`branches` compute the changes between two degrees from now on."""
+        """Have :meth:`changes` and :meth:`branches` be about these two degrees from now on, while it is learned."""
         raise NotImplementedError
 
+    def changes(self) -> dict[str, Tensor]:
+        """Return what is added to which parameters while it is learned, at the trained scale and with gradients."""
+        return {}
+
     def branches(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-        """Return how it acts beside the frozen weights while it is learned, at the trained scale.
+        """Return how else it acts beside the frozen weights while it is learned, at the trained scale.
 
         Returns:
             Name of a module of the ViT -> a function of the module's input and output that returns the new output.
         """
-        raise NotImplementedError
+        return {}
 
     def check_fits(self, vit: CompressedViT) -> None:
         """Raise TocomError unless it was learned for such a model and compressor."""

@@ -73,6 +73,9 @@ def jobs_by_rule(plan: Plan) -> dict[str, int]:
         counts.update(paper_table=study.paper is not None, gather_transfer=study.transfer, prepare=len(study.tasks))
         batches = len(plan.per_model(study, "{backbone} {tuned} {task} {batch}"))
         gaps, speed = (len(plan.per_model(study, "{backbone} {tuned}", of)) for of in ("gaps", "speed"))
+        adapted = [name for name, method in study.methods.items() if method.adapt is not None]
+        each = sum(len(study.batches(study.tuned_as(name))) for name in adapted)
+        counts.update(adapt=each * len(study.tasks) * len(study.backbones))
         counts.update(finetune=batches, evaluate=batches, transfer=gaps, throughput=speed)
     return {rule: count for rule, count in counts.items() if count} | {"all": 1}
 
@@ -177,7 +180,7 @@ def _learned_on(settings: LearnSettings, root: str) -> tuple[float, float]:
 
 def _of_task(study: Study, tuned: str, task: str, sizes: Mapping[str, float], subject: Subject) -> Iterator[Passes]:
     """Fine-tune, score validation images after every epoch, evaluate all cells, and carry gaps."""
-    it, n, evaluate = study.finetune_for(task), len(study.seeds), study.evaluate
+    it, n, evaluate = study.finetune_for(task, tuned), len(study.seeds), study.evaluate
     tuning = make_part("tuning", study.methods[tuned].tuning.described(), max_degree=study.max_degree)
     for label in study.train_degrees_of(tuned):
         source, scored = source_degree(label), tuning.score_degrees(label)
@@ -186,7 +189,13 @@ def _of_task(study: Study, tuned: str, task: str, sizes: Mapping[str, float], su
             yield Passes("finetune", "fine-tuning", subject, it.precision, trained, n * _trained(sizes["train"], it))
         images = n * len(scored) * (it.epochs if tuning.trains_anything else 1) * sizes["val"]
         yield Passes("finetune", "evaluation", subject, it.precision, scored, images)
-        for method in map(study.methods.get, study.sharing(tuned)):
+        for name in study.sharing(tuned):
+            method, adapted = study.methods[name], study.adapt_for(name)
+            if adapted is not None and source is not None:
+                trained, scored = n * _trained(sizes["train"], adapted), 2 * n * sizes["val"] * (adapted.epochs + 1)
+                every = range(study.max_degree + 1)
+                yield Passes("adapt", "distillation", subject, adapted.precision, every, trained)
+                yield Passes("adapt", "evaluation", subject, adapted.precision, every, scored)
             every, added = method.infer_degrees or study.infer_degrees, method.compensator is not None
             degrees = [degree for degree in every if not added or source not in (None, degree)]  # nothing to compensate
             scales = len(method.scales or evaluate.scales) if added else 1
@@ -224,7 +233,7 @@ def subject_of(study: Study, name: str, compressor: object = None, segments: boo
     kwargs = {key: value for key, value in kwargs.items() if key != "num_classes" or value}
     kwargs["img_size"] = study.image_size_for(task) if segments else entry.image_size
     compressor = compressor or next(iter(study.methods.values())).compressor.described()
-    head = (study.finetune_for(task).head, _classes(study, task)) if segments else None
+    head = (study.finetune_for(task, study.tuned[0]).head, _classes(study, task)) if segments else None
     return Subject(architecture, kwargs, compressor, attention, head)
 
 
@@ -360,7 +369,7 @@ def show_plan(configs: Sequence[Path], rates: Path | None, device: str | None) -
         known, where = read_rates(rates, found)
     else:
         first = next(iter(plan.studies.values()))
-        recipe = first.finetune_for(first.task_names[0])
+        recipe = first.finetune_for(first.task_names[0], first.tuned[0])
         make_deterministic(recipe.threads)
         chosen = device_if_present(device or recipe.device)
         if chosen is None:

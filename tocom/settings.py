@@ -242,6 +242,19 @@ class LearnSettings(Augmentation, Optimisation):
     pairs: Positive = Field(48, description="held-out (source, target) pairs of degrees to choose the best epoch on")
 
 
+class AdaptSettings(Augmentation, Optimisation):
+    """How a compensator is adapted to a fine-tuned model, on the training images of its task and without labels."""
+
+    epochs: Positive = 3
+    batch_size: Positive = 32
+    lr: float = Field(1e-3, gt=0)
+    augmentation: Literal["none", "shift", "timm"] = "shift"
+    start: Literal["learned", "zero"] = Field(
+        "learned", description="learned: from what was learned on the backbone; zero: from no change at all"
+    )
+    pairs: Positive = Field(12, description="held-out (source, target) pairs of degrees to choose the best epoch on")
+
+
 class EvaluateSettings(Settings):
     """How the cells of a checkpoint are evaluated."""
 
@@ -355,6 +368,7 @@ STAGES: dict[str, type[Settings]] = {
     "learn": LearnSettings,
     "finetune": FinetuneSettings,
     "finetune.segment": SegmentSettings,
+    "adapt": AdaptSettings,
     "evaluate": EvaluateSettings,
     "throughput": ThroughputSettings,
     "benchmark": BenchmarkSettings,

@@ -28,6 +28,7 @@ from tocom.methods import DEFAULTS
 from tocom.parts import check_options, part_class, source_degree
 from tocom.settings import (
     PLAIN,
+    AdaptSettings,
     DegreeSettings,
     EvaluateSettings,
     FinetuneSettings,
@@ -190,6 +191,12 @@ class Method(Settings):
         None, description="changes of weights between two degrees; null: none"
     )
     learn: dict[str, Any] = Field({}, description="changes of the study's learn section for what this method learns")
+    adapt: dict[str, Any] | None = Field(
+        None,
+        description="its compensator is adapted to every fine-tuned model on images without labels: changes of the"
+        " study's adapt section, {} for none; null: it is not adapted",
+    )
+    finetune: dict[str, Any] = Field({}, description="changes of the study's finetune section for this method")
     scales: tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
         None,
         min_length=1,
@@ -203,6 +210,8 @@ class Method(Settings):
     def _compensator_has_a_use(self):
         if self.compensator is None and self.scales is not None:
             raise ValueError("scales are those of a compensator; name one, or leave them out")
+        if self.compensator is None and self.adapt is not None:
+            raise ValueError("adapt is for a compensator; name one, or leave it out")
         return self
 
     @model_validator(mode="after")
@@ -404,6 +413,7 @@ class Study(Settings):
     pretrain: PretrainSettings = PretrainSettings()
     learn: LearnSettings = LearnSettings()
     finetune: dict[str, Any] = Field({}, description="settings of fine-tuning; see `tocom settings finetune`")
+    adapt: AdaptSettings = AdaptSettings()
     evaluate: EvaluateSettings = EvaluateSettings()
     throughput: ThroughputSettings = ThroughputSettings()
     analysis: AnalysisSettings = AnalysisSettings()
@@ -475,6 +485,7 @@ class Study(Settings):
                     f"method {name!r}: {method.compressor.name} takes patches away that segmentation needs"
                 )
             self.learn_for(name)
+            self.adapt_for(name)
             added = method.compensator
             if added is not None and not added.part.learns(added.options):
                 raise ValueError(f"method {name!r}: {added.name} learns nothing, as a compensator has to")
@@ -511,7 +522,8 @@ class Study(Settings):
     def _overrides_are_valid(self) -> None:
         untuned = [name for name, method in self.methods.items() if not method.tuning.part.trains_anything]
         for task in self.tasks:
-            self.finetune_for(task.name)
+            for method in self.methods:
+                self.finetune_for(task.name, method)
             val = self.data_for(task.name).val
             if task.name in TASKS and task.kind is None and val is not None and val < 1:
                 raise ValueError(f"task {task.name!r} is drawn anew, so data.val must be a number of images, not {val}")
@@ -577,7 +589,8 @@ class Study(Settings):
     def _tuned(self, name: str) -> tuple:
         method = self.methods[name]
         learned = method.compressor.part.learns(method.compressor.options) and self.learn_for(name)
-        return method.compressor.described(), learned, method.tuning.described(), self.train_degrees_of(name)
+        tuned = method.tuning.described(), method.finetune, self.train_degrees_of(name)
+        return method.compressor.described(), learned, *tuned
 
     def learns(self, method: str) -> bool:
         """Return whether a method has a part that is learned on the backbone, once for all tasks."""
@@ -616,10 +629,11 @@ class Study(Settings):
         """Return the data section with a task's changes."""
         return _changed(self.data, self.task(task).data, f"task {task!r}: data")
 
-    def finetune_for(self, task: str) -> FinetuneSettings | SegmentSettings:
-        """Return the finetune section with a task's changes."""
+    def finetune_for(self, task: str, method: str) -> FinetuneSettings | SegmentSettings:
+        """Return the finetune section with a task's changes, and with a method's."""
         section = _changed(FINETUNE[self.task_kind](), self.finetune, "finetune")
-        return _changed(section, self.task(task).finetune, f"task {task!r}: finetune")
+        section = _changed(section, self.task(task).finetune, f"task {task!r}: finetune")
+        return _changed(section, self.methods[method].finetune, f"method {method!r}: finetune")
 
     def learn_for(self, method: str) -> LearnSettings:
         """Return the learn section with a method's changes."""
@@ -642,6 +656,17 @@ class Study(Settings):
         drawn = (self.pretrained_behind.described(), self.max_degree) if settings.degree == "random" else None
         made = (settings, drawn) if entry.architecture else None
         return entry.model_copy(update={"pretrain": {}}), made
+
+    def adapt_for(self, method: str) -> AdaptSettings | None:
+        """Return the adapt section with a method's changes, or None if it adapts nothing."""
+        changes = self.methods[method].adapt
+        return None if changes is None else _changed(self.adapt, changes, f"method {method!r}: adapt")
+
+    def decodes(self, task: str) -> bool:
+        """Return whether a task's training images are decoded once: timm's augmentation alone starts from files."""
+        recipes = [self.finetune_for(task, method) for method in self.methods]
+        recipes += filter(None, map(self.adapt_for, self.methods))
+        return any(getattr(recipe, "augmentation", None) != "timm" for recipe in recipes)
 
     def image_size_for(self, task: str) -> int:
         """Return the side in pixels of a task's images."""
@@ -675,6 +700,8 @@ class Study(Settings):
         """
         spec = getattr(self.methods[method], role)
         if spec is None or not spec.part.learns(spec.options):
+            return None
+        if role == "compensator" and (adapted := self.adapt_for(method)) and adapted.start == "zero":
             return None
         chosen = self.methods[method]
         recipe = self.learn_for(method)

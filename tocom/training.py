@@ -181,7 +181,7 @@ def fit(
     feed: Callable[[int, list[Tensor]], Iterator] | None = None,
     drop_last: bool = False,
 ) -> dict:
-    """Train ``module`` in place and leave it with the parameters of its best epoch.
+    """Train ``module`` in place and leave it with the parameters and buffers of its best epoch.
 
     A step adds up the gradients of its micro-batches, whichever process computes them; each of several micro-batches
     has a random state of its own, from (seed, epoch, step, micro-batch). So one process that accumulates and several
@@ -223,7 +223,7 @@ def fit(
                 trainer.end_epoch(list(score()))
             last = trainer.state
             progress.set_postfix(loss=f"{last['losses'][-1]:.3f}", held_out=f"{last['latest'][0]:.3f}", refresh=False)
-    _copy_into(trainer.parameters, trainer.state["best"])
+    trainer.put_back(trainer.state["best"])
     return {key: trainer.state[key] for key in ("best_epoch", "score", "losses", "seconds", "epochs")}
 
 
@@ -232,6 +232,7 @@ class _Trainer:
 
     def __init__(self, module, n_images: int, settings: Optimisation, drop_last: bool, title: str, resume: Path | None):
         self.settings, self.n_images, self.title, self.resume = settings, n_images, title, resume
+        self.module = module
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.device = next(iter(self.parameters.values())).device
         self.drop_last = drop_last
@@ -354,7 +355,7 @@ class _Trainer:
         state["epochs"].append(self._figures(figures))
         self._show(state["epochs"][-1])
         if not state["score"] or tuple(figures) > tuple(state["score"]):
-            state |= {"score": figures, "best_epoch": self.epoch + 1, "best": _copies(self.parameters)}
+            state |= {"score": figures, "best_epoch": self.epoch + 1, "best": self.copies()}
         state |= {"epoch": self.epoch + 1, "step": 0, "total": 0.0, "latest": figures}
 
     @contextmanager
@@ -381,6 +382,20 @@ class _Trainer:
 
     # --- saving and loading ---------------------------------------------------------------------------------
 
+    def copies(self) -> dict[str, Tensor]:
+        """Return copies of what training changes: the trained parameters, and all buffers, persistent or not."""
+        return _copies(self.parameters | dict(self.module.named_buffers()))
+
+    def put_back(self, values: dict[str, Tensor]) -> None:
+        """Undo what was done since :meth:`copies`; a buffer may have got another shape."""
+        _copy_into(self.parameters, values)
+        for name in values.keys() - self.parameters.keys():
+            owner, _, buffer = name.rpartition(".")
+            if (old := self.module.get_buffer(name)).shape == values[name].shape:
+                old.copy_(values[name])
+            else:
+                setattr(self.module.get_submodule(owner), buffer, values[name].to(self.device, copy=True))
+
     def save(self) -> None:
         """Write everything that the rest of the run depends on; older states move one place down.
 
@@ -394,7 +409,7 @@ class _Trainer:
         saved = self.state | {
             "fingerprint": self.fingerprint,
             "random": random_state(),
-            "parameters": _copies(self.parameters),
+            "parameters": self.copies(),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -411,7 +426,8 @@ class _Trainer:
     def load(self, fingerprint: str) -> None:
         """Go on from the newest state that can be read and was left by a run with the same ``fingerprint``."""
         self.fingerprint = fingerprint
-        distributed.broadcast(self.parameters.values())
+        buffers = [buffer for buffer in self.module.buffers() if buffer.numel()]
+        distributed.broadcast([*self.parameters.values(), *buffers])
         read = ((path, _read_state(path, fingerprint)) for path in states(self.resume))
         path, saved = next((found for found in read if found[1] is not None), (None, None))
         if len(set(distributed.gather([None if saved is None else (saved["epoch"], saved["step"])]))) > 1:
@@ -421,7 +437,7 @@ class _Trainer:
             )
         if saved is None:
             return
-        _copy_into(self.parameters, saved["parameters"])
+        self.put_back(saved["parameters"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.scheduler.load_state_dict(saved["scheduler"])
         self.scaler.load_state_dict(saved["scaler"])

@@ -50,7 +50,7 @@ class CompressedViT(nn.Module):
     ):
         super().__init__()
         self.model = model
-        _check_supported(model)
+        check_supported(model)
         self.compressor: Compressor = make_part("compressor", compressor, Shape.of(model), max_degree)
         if self.compressor.needs_class_token and not model.has_class_token:
             raise TocomError(
@@ -58,6 +58,7 @@ class CompressedViT(nn.Module):
                 " another compressor"
             )
         self.compressor.train(model.training)
+        self.compressor.fit_to(model)
         self.proportional_attention = proportional_attention
         self.prefix = model.num_prefix_tokens
         self.depth = len(model.blocks)
@@ -166,7 +167,7 @@ class CompressedViT(nn.Module):
     def _attend(self, attn: nn.Module, x: Tensor, tokens: Tokens) -> tuple[Tensor, Attention]:
         q, k, v = self.compressor.project(attn, x, tokens)
         q, k = attn.q_norm(q), attn.k_norm(k)
-        size = tokens.size
+        size = self.compressor.key_sizes(tokens)
         bias = size.log().transpose(1, 2).unsqueeze(1) if size is not None and self.proportional_attention else None
         attention = Attention(q, k, v, attn.scale, bias, attn.attn_drop.p if attn.training else 0.0)
         y = self.compressor.mix(attention, tokens)
@@ -203,8 +204,12 @@ class CompressedViT(nn.Module):
         return self.compressor.token_counts(self._degree, self.depth, n_tokens, self.prefix)
 
 
-def _check_supported(model: nn.Module) -> None:
-    """Refuse, by name, every part that this forward pass would silently get wrong."""
+def check_supported(model: nn.Module) -> None:
+    """Refuse, by name, every part that the forward pass would silently get wrong.
+
+    Raises:
+        TocomError: the model has such a part.
+    """
 
     def refuse(what: str) -> None:
         raise TocomError(
@@ -244,3 +249,9 @@ def gflops(vit: CompressedViT, image_size: int | tuple[int, int] | None = None) 
         vit(image)
     vit.train(training)
     return counter.get_total_flops() / 2 / 1e9
+
+
+def cost(vit: CompressedViT) -> float:
+    """Return what one image takes at the present degree of what the compressor ``saves``, in that unit."""
+    own = vit.compressor.cost(vit.degree)
+    return gflops(vit) if own is None else own

@@ -62,7 +62,7 @@ def test_costs_are_those_that_are_counted(overrides, options):
     outside = gflops(CompressedViT(vit)) - part.costs.merging(0) / 1e9
     for degree in range(9):
         here, there = CompressedViT(vit, part, degree), CompressedViT(vit, "tome", degree)
-        assert gflops(here) - outside == pytest.approx(part.cost(part.counts(degree, DEPTH)) / 1e9)
+        assert gflops(here) - outside == pytest.approx(part.blocks_cost(part.counts(degree, DEPTH)) / 1e9)
         assert gflops(there) - outside == pytest.approx(part.costs.merging(degree) / 1e9)
 
 
@@ -74,9 +74,9 @@ def test_the_keep_rate_is_the_highest_within_the_budget(shape, fuse):
     found = {}
     for step in range(1, 4001):
         removed = part.removed(step / 4000)
-        found[removed] = part.cost(removed)
+        found[removed] = part.blocks_cost(removed)
     for degree in (1, 4, 9, 14, 20):
-        cost, budget = part.cost(part.counts(degree, shape.depth)), part.costs.merging(degree)
+        cost, budget = part.blocks_cost(part.counts(degree, shape.depth)), part.costs.merging(degree)
         assert max(value for value in found.values() if value <= budget) <= cost <= budget
         assert cost > 0.97 * budget
         assert 0 < part.keep_rate(degree) < 1
@@ -95,7 +95,7 @@ def test_a_block_keeps_its_share_of_patches_and_a_higher_rate_costs_no_less(dept
     with torch.device("meta"):
         part = fresh(Shape(depth, dim, 4, patches + prefix, prefix), fuse=fuse, widths=[8, 4])
     low, high = (part.removed(rate) for rate in sorted(rates))
-    assert part.cost(low) <= part.cost(high)
+    assert part.blocks_cost(low) <= part.blocks_cost(high)
     n = patches + prefix
     for block, count in enumerate(low):
         kept = prefix + math.ceil(min(rates) * (n - prefix)) + (fuse == "sum") if block in part.blocks else n
@@ -121,12 +121,12 @@ def test_a_budget_that_cannot_be_met_leaves_one_patch_and_the_fused_token():
     assert part.counts(32, 6) == (0, 62, 0, 0, 0, 0)
     assert part.token_counts(32, 6, 65, 1) == (65, 3, 3, 3, 3, 3)
     assert fresh(GLYPH, fuse="none").token_counts(32, 6, 65, 1)[-1] == 2
-    assert part.cost(part.counts(32, 6)) > part.costs.merging(32)
+    assert part.blocks_cost(part.counts(32, 6)) > part.costs.merging(32)
 
 
 def test_cost_falls_with_every_degree_that_can_be_met():
     part = fresh(GLYPH)
-    costs = [part.cost(part.counts(degree, 6)) for degree in range(23)]
+    costs = [part.blocks_cost(part.counts(degree, 6)) for degree in range(23)]
     assert all(after < before for before, after in pairwise(costs))
 
 

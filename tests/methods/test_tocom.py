@@ -117,7 +117,7 @@ def test_half_precision_agrees_with_float32_folded_and_beside(make_vit, images, 
 
 def test_a_compiled_student_has_the_same_logits_and_gradients(make_vit, images, make_compensator):
     compensator = make_compensator(depth=1)
-    student = beside(make_vit(depth=1), compensator, 1, 4)
+    _, student = beside(make_vit(depth=1), compensator, 1, 4)
 
     def run(forward):
         compensator.zero_grad()
@@ -134,7 +134,7 @@ def test_a_compiled_student_has_the_same_logits_and_gradients(make_vit, images, 
 
 def test_only_steps_between_the_degrees_get_gradients(make_vit, images, make_compensator):
     compensator = make_compensator()
-    beside(make_vit(), compensator, 2, 4)(images).square().sum().backward()
+    beside(make_vit(), compensator, 2, 4)[1](images).square().sum().backward()
     for gradient in (compensator.down.grad, compensator.up.grad):
         assert gradient[:, :, 2:4].any(dim=-1).any(dim=-1).all()
         assert not gradient[:, :, :2].any()
@@ -143,7 +143,7 @@ def test_only_steps_between_the_degrees_get_gradients(make_vit, images, make_com
 
 def test_dropout_acts_while_it_is_learned_only(make_vit, images, make_compensator):
     compensator = make_compensator(dropout=0.5)
-    student = beside(make_vit(), compensator, 0, 4)
+    _, student = beside(make_vit(), compensator, 0, 4)
     assert torch.equal(student(images), student(images))
     compensator.train()
     assert not torch.allclose(student(images), student(images))

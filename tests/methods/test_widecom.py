@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from tests.small import beside, build, check_beside_is_folded, check_half_precision, refusal
+from tests.small import beside, check_beside_is_folded, check_half_precision, refusal
 from tocom.distillation import FeatureMatching, distillation_loss, feature_loss
 from tocom.errors import TocomError
 from tocom.parts import Shape, make_part
@@ -23,7 +23,8 @@ MATRICES = ["attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.we
 
 @torch.no_grad()
 def widecom(depth=3, dim=24, max_degree=STEPS, seed=0, fresh=False, **options):
-    result = make_part("compensator", {"kind": "widecom"} | options, Shape(depth, dim, 2, 17, 1), max_degree)
+    options = {"kind": "widecom", "rank": 2, "step": 1, "sources": "any", "need": 0} | options
+    result = make_part("compensator", options, Shape(depth, dim, 2, 17, 1), max_degree)
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in result.named_parameters():
         if not fresh:
@@ -43,18 +44,20 @@ def for_family(model):
 
 def by_hand(part, block, name, m, n):
     """Return one change in one block: a sum over single degrees, outer product by outer product."""
-    low, high, sign, step = min(m, n), max(m, n), 1 if n > m else -1, part.options.step
+    low, high, sign, step = min(m, n), max(m, n), 1 if n > m else -1, part.options.step or STEPS
     total = 0
     for degree in range(low, high):
         i = degree // step
         if name in MATRICES:
             key = name.split(".")[1]
-            up, down = part.up[key][block], part.down[key][block]
-            pieces = []
-            for p in range(len(up)):
-                outer = sum(up[p, i, :, k, None] * down[p, i, None, k] for k in range(part.options.rank))
-                pieces.append(outer)
-            change = torch.cat(pieces)
+            if part.options.rank is None:
+                change = torch.cat(list(part.matrix[key][block, :, i]))
+            else:
+                up, down, pieces = part.up[key][block], part.down[key][block], []
+                for p in range(len(up)):
+                    outer = sum(up[p, i, :, k, None] * down[p, i, None, k] for k in range(part.options.rank))
+                    pieces.append(outer)
+                change = torch.cat(pieces)
         else:
             change = part.vector[name.removeprefix("attn.").removeprefix("mlp.").replace(".", "_")][block, i]
         total = total + sign * change / step
@@ -64,7 +67,13 @@ def by_hand(part, block, name, m, n):
 # --- arithmetic -------------------------------------------------------------------------------------------------------
 
 
-@given(m=degrees, n=degrees, step=st.sampled_from([1, 4]), rank=st.integers(1, 3), seed=st.integers(0, 99))
+@given(
+    m=degrees,
+    n=degrees,
+    step=st.sampled_from([1, 4, None]),
+    rank=st.sampled_from([1, 3, None]),
+    seed=st.integers(0, 99),
+)
 @settings(deadline=None, max_examples=40)
 def test_every_change_is_the_sum_of_its_steps(m, n, step, rank, seed):
     part = widecom(depth=2, dim=4, seed=seed, step=step, rank=rank)
@@ -76,8 +85,9 @@ def test_every_change_is_the_sum_of_its_steps(m, n, step, rank, seed):
         expected = torch.zeros_like(deltas[name]) + by_hand(part, block, inside, m, n)
         torch.testing.assert_close(deltas[name], expected, rtol=0, atol=1e-12)
     for kind in ("weight", "bias"):
-        steps = part.vector[f"last_{kind}"][0].repeat_interleave(step, 0)[min(m, n) : max(m, n)]
-        expected = (1 if n > m else -1) * steps.sum(0) / step
+        spans = step or STEPS
+        steps = part.vector[f"last_{kind}"][0].repeat_interleave(spans, 0)[min(m, n) : max(m, n)]
+        expected = (1 if n > m else -1) * steps.sum(0) / spans
         torch.testing.assert_close(deltas[f"norm.{kind}"], expected, rtol=0, atol=1e-12)
 
 
@@ -103,11 +113,12 @@ def test_lists_of_degrees_are_changes_block_by_block_and_the_last_norm_goes_with
             torch.testing.assert_close(deltas[name], alone[name], rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(("rank", "expected"), [(2, {"down"}), (None, set())])
 @torch.no_grad()
-def test_it_starts_at_zero_and_only_with_down_drawn(make_vit, images):
-    part, model = widecom(fresh=True), make_vit()
+def test_it_starts_at_zero_and_only_with_down_drawn(make_vit, images, rank, expected):
+    part, model = widecom(fresh=True, rank=rank), make_vit()
     drawn = {name.partition(".")[0] for name, parameter in part.named_parameters() if parameter.any()}
-    assert drawn == {"down"}
+    assert drawn == expected
     assert not any(change.any() for change in part.deltas(0, STEPS).values())
     plain = CompressedViT(model, degree=4)(images)
     assert torch.equal(CompressedViT(model).attach(part).set_degree(4)(images), plain)
@@ -117,6 +128,8 @@ def test_it_starts_at_zero_and_only_with_down_drawn(make_vit, images):
     ("options", "inside"),
     [
         ({}, MATRICES + BIASES + BLOCK_NORMS),
+        ({"rank": None, "step": None}, MATRICES + BIASES + BLOCK_NORMS),
+        ({"rank": None, "layers": ("fc2", "k"), "vectors": ()}, ["attn.qkv.weight", "mlp.fc2.weight"]),
         ({"layers": ("fc2", "k"), "vectors": ()}, ["attn.qkv.weight", "mlp.fc2.weight"]),
         ({"layers": (), "vectors": ("norms",)}, BLOCK_NORMS),
         ({"layers": (), "vectors": ("biases",)}, BIASES),
@@ -142,9 +155,9 @@ def test_only_what_is_chosen_changes_and_by_the_scaled_sum(make_vit, options, in
 # --- while it is learned ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("m", "n"), [(0, 4), (5, 1), (3, 3)])
-def test_beside_the_weights_it_is_what_it_is_folded_in(family, images, m, n):
-    part = widecom(trained_scale=0.5, step=2, vectors=for_family(family))
+@pytest.mark.parametrize(("m", "n", "rank"), [(0, 4, 2), (5, 1, None), (3, 3, 2)])
+def test_beside_the_weights_it_is_what_it_is_folded_in(family, images, m, n, rank):
+    part = widecom(trained_scale=0.5, step=2, rank=rank, vectors=for_family(family))
     check_beside_is_folded(family, part, images, m, n, whole=1e-11, folded=1e-9)
 
 
@@ -171,9 +184,10 @@ def test_a_compiled_objective_has_the_same_loss_and_gradients(make_vit, images):
     assert all(gradient.any() for gradient in expected)
 
 
-def test_steps_beyond_the_two_degrees_get_no_gradient(make_vit, images):
-    part = widecom()
-    beside(make_vit(), part, 2, 4)(images).square().sum().backward()
+@pytest.mark.parametrize("rank", [2, None])
+def test_steps_beyond_the_two_degrees_get_no_gradient(make_vit, images, rank):
+    part = widecom(rank=rank)
+    beside(make_vit(), part, 2, 4)[1](images).square().sum().backward()
     for name, parameter in part.named_parameters():
         steps = parameter.grad.movedim(1 if name.startswith("vector") else 2, 0)
         assert [bool(step.any()) for step in steps] == [False, False, True, True, False, False], name
@@ -224,7 +238,7 @@ def test_only_the_compensator_learns(make_vit):
     assert (objective.teacher.training, objective.student.training) == (False, True)
 
 
-@pytest.mark.parametrize("options", [{}, {"kl": 1.0}, {"layers": ()}, {"vectors": ()}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"kl": 1.0}, {"layers": ()}, {"vectors": ()}, {"rank": None}], ids=str)
 def test_learning_lowers_the_loss_of_the_pairs_it_sees(make_vit, options):
     part = widecom(fresh=True, **options).train()
     objective = part.objective(CompressedViT(make_vit()), CompressedViT(make_vit()), False).train()
@@ -261,15 +275,6 @@ def test_a_model_without_what_it_changes_is_refused_before_it_learns(make_vit, s
     else:
         with pytest.raises(TocomError, match=cause):
             part.objective(*pair, False)
-
-
-def test_other_norms_than_layer_norms_are_refused():
-    model = build()
-    model.blocks[1].norm2 = type("Norm", (nn.Module,), {})()
-    model.blocks[1].norm2.weight, model.blocks[1].norm2.bias = (nn.Parameter(torch.zeros(16)) for _ in range(2))
-    part = make_part("compensator", "widecom", Shape.of(model), 4)
-    message = refusal(part.objective, CompressedViT(build()), CompressedViT(model), False)
-    assert "blocks.1.norm2 is a Norm; WideCom only changes layer norms" in message
 
 
 @pytest.mark.parametrize(

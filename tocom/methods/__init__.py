@@ -17,6 +17,10 @@ PARTS: dict[str, dict[str, str]] = {
         "diffrate": "tocom.methods.diffrate:DiffRate",
         "pyra": "tocom.methods.pyra:PYRA",
         "sparse_tuning": "tocom.methods.sparse_tuning:SparseTuning",
+        "topk": "tocom.methods.topk:TopK",
+        "quantise": "tocom.methods.quantise:Quantise",
+        "lorc": "tocom.methods.lorc:LoRC",
+        "condense": "tocom.methods.condense:Condense",
     },
     "tuning": {
         "full": "tocom.methods.full:Full",

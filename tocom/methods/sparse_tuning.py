@@ -152,7 +152,7 @@ class SparseTuning(EViT):
         dim = self.shape.dim
         return BlockCosts(self.shape, 4 * dim**2, round(2 * self.options.mlp_ratio * dim**2))
 
-    def cost(self, removed: Sequence[int]) -> int:
+    def blocks_cost(self, removed: Sequence[int]) -> int:
         """Return the cost of all blocks, adapters and ranking included, if each removes so many tokens."""
         costs = self.costs
         total, n = 0, self.shape.tokens
@@ -180,7 +180,7 @@ class SparseTuning(EViT):
         if not degree:
             return 1.0
         budget = self.costs.merging(degree)
-        affordable = bisect_right(range(1, PARTS), budget, key=lambda part: self.cost(self.removed(part / PARTS)))
+        affordable = bisect_right(range(1, PARTS), budget, key=lambda part: self.blocks_cost(self.removed(part / PARTS)))
         return max(affordable, 1) / PARTS
 
     def counts(self, degree: Degree, depth: int) -> tuple[int, ...]:

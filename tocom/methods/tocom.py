@@ -10,16 +10,20 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Literal, Self
 
 import torch
 from pydantic import Field, field_validator
 from torch import Tensor
+from torch.nn import functional as F
 
 from tocom.degrees import Degree
 from tocom.errors import TocomError
 from tocom.files import load_tensors
 from tocom.parts import Shape, make_part
+from tocom.settings import Fraction
 from tocom.steps import QKV, LowRank, StepCompensator, StepOptions, draw_low_rank, each_once
 
 #: The projections that the paper's compensator updates.
@@ -29,6 +33,8 @@ _PUBLIC_NAME = re.compile(r"blocks\.(\d+)\.attn\.(\w+)_tocom\.adapter_(?:down|up
 
 class ToComOptions(StepOptions):
     """Options of :class:`ToCom`."""
+
+    dropout: Fraction = Field(0.1, description="dropout on the bottleneck while it is learned")
 
     projections: Annotated[tuple[Literal["q", "k", "v"], ...], Field(min_length=1)] = Field(
         PROJECTIONS, description="projections of the attention that are updated"
@@ -59,14 +65,41 @@ class ToCom(StepCompensator):
         n_projections, rank = len(self.options.projections), self.options.rank
         self.down, self.up = draw_low_rank(shape, n_projections, self.steps, rank, shape.dim, shape.dim)
 
-    def low_rank(self) -> dict[str, LowRank]:
+    def linear(self) -> dict[str, LowRank]:
         """Return the updates of the fused qkv layers."""
         updated = tuple(map(QKV.index, self.options.projections))
         return {"attn.qkv": LowRank(self.down, self.up, updated, len(QKV))}
 
     def update(self, source: Degree, target: Degree) -> Tensor:
         """Return P(source->target) as weights, before any scale [depth, P, dim, dim]; rows are outputs."""
-        return self.low_rank()["attn.qkv"].product(self.block_coefficients(source, target))
+        return self.linear()["attn.qkv"].product(self.block_coefficients(source, target))
+
+    # --- beside the frozen weights, while it is learned: dropout acts between the two factors ---------------------
+
+    def changes(self) -> dict[str, Tensor]:
+        """Return nothing: all that it changes is in :meth:`branches`."""
+        return {}
+
+    def branches(self) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+        """Return what to do with the output of every fused qkv layer."""
+        return {f"blocks.{block}.attn.qkv": partial(self._beside, block) for block in range(self.shape.depth)}
+
+    def _beside(self, block: int, x: Tensor, output: Tensor) -> Tensor:
+        """Add the updates of one block: x [B, N, dim], output [B, N, 3 * dim]."""
+        factors, steps = self._steps_between()
+        parts = list(output.chunk(len(QKV), dim=-1))
+        for p, projection in enumerate(self.options.projections):
+            up = factors.view(-1, 1, 1) * self.up[block, p, steps]
+            part = QKV.index(projection)
+            parts[part] = parts[part] + self._bottleneck(self.down[block, p, steps], up, x)
+        return torch.cat(parts, dim=-1)
+
+    def _bottleneck(self, down: Tensor, up: Tensor, x: Tensor) -> Tensor:
+        down, up = down.to(x.dtype), up.to(x.dtype)  # of a float32 compensator beside a backbone in bfloat16
+        hidden = F.linear(x, down.flatten(0, 1))
+        if self.training and self.options.dropout:
+            hidden = F.dropout(hidden, self.options.dropout)
+        return F.linear(hidden, up.transpose(0, 1).flatten(1))
 
     # --- the public code's files ------------------------------------------------------------------------------
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from tocom.distillation import FeatureMatching
 from tocom.parts import Shape
-from tocom.settings import Fraction
-from tocom.steps import QKV, LowRank, StepCompensator, StepOptions, Vectors, draw_low_rank, each_once
+from tocom.settings import Positive
+from tocom.steps import QKV, LowRank, StepCompensator, StepOptions, Vectors, Whole, draw_low_rank, each_once
 from tocom.vit import CompressedViT
 
 #: The linear layers that can be changed; those of the fused qkv layer are parts of it.
@@ -30,6 +30,17 @@ VECTORS = ("biases", "norms", "last_norm")
 class WideComOptions(StepOptions):
     """Options of :class:`WideCom`."""
 
+    rank: Positive | None = Field(None, description="rank of one step's update; null: any, a whole matrix")
+    step: Positive | None = Field(
+        None,
+        description="degrees that one update spans; inside a step, they are interpolated linearly; null: all degrees",
+    )
+    sources: Literal["any", "zero"] = Field(
+        "zero", description="source degrees that are drawn while it is learned: any, or 0 alone"
+    )
+    need: float = Field(
+        2.0, ge=0, description="pairs of degrees are drawn in proportion to their distance to this power"
+    )
     layers: tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...] = Field(
         LAYERS, description="linear layers that get a low-rank update"
     )
@@ -40,7 +51,6 @@ class WideComOptions(StepOptions):
     )
     feature: float = Field(1.0, ge=0, description="weight of the error of the features (relative mean square)")
     kl: float = Field(0.0, ge=0, description="weight of the divergence of the logits (nats)")
-    dropout: Fraction = Field(0.0, description="dropout on the bottleneck while it is learned")
     mlp_ratio: float = Field(4.0, gt=0, description="width of the backbone's MLPs over that of the backbone")
 
     @field_validator("layers")
@@ -80,10 +90,14 @@ class WideCom(StepCompensator):
         super().__init__(options, shape, max_degree)
         dim, hidden = shape.dim, round(shape.dim * self.options.mlp_ratio)
         sizes = {"attn.qkv": (dim, dim), "attn.proj": (dim, dim), "mlp.fc1": (dim, hidden), "mlp.fc2": (hidden, dim)}
-        self.down, self.up, self.vector = (nn.ParameterDict() for _ in range(3))
+        self.down, self.up, self.matrix, self.vector = (nn.ParameterDict() for _ in range(4))
         for module, layers in self._chosen().items():
-            drawn = draw_low_rank(shape, len(layers), self.steps, self.options.rank, *sizes[module])
-            self.down[_key(module)], self.up[_key(module)] = drawn
+            key, (n_in, n_out) = _key(module), sizes[module]
+            if self.options.rank is None:
+                self.matrix[key] = torch.zeros(shape.depth, len(layers), self.steps, n_out, n_in)
+            else:
+                drawn = draw_low_rank(shape, len(layers), self.steps, self.options.rank, n_in, n_out)
+                self.down[key], self.up[key] = drawn
         lengths = {f"{module}.bias": n_out for module, (_, n_out) in sizes.items()} | {"attn.qkv.bias": 3 * dim}
         names = list(lengths) if "biases" in self.options.vectors else []
         if "norms" in self.options.vectors:
@@ -101,12 +115,16 @@ class WideCom(StepCompensator):
         found = dict.fromkeys(MODULES[layer] for layer in chosen)
         return {module: [layer for layer in chosen if MODULES[layer] == module] for module in found}
 
-    def low_rank(self) -> dict[str, LowRank]:
+    def linear(self) -> dict[str, LowRank | Whole]:
         """Return the updates of the linear layers."""
         result = {}
         for module, layers in self._chosen().items():
-            updated, parts = ((0,), 1) if module != "attn.qkv" else (tuple(map(QKV.index, layers)), len(QKV))
-            result[module] = LowRank(self.down[_key(module)], self.up[_key(module)], updated, parts)
+            key = _key(module)
+            of = ((0,), 1) if module != "attn.qkv" else (tuple(map(QKV.index, layers)), len(QKV))
+            if key in self.matrix:
+                result[module] = Whole(self.matrix[key], *of)
+            else:
+                result[module] = LowRank(self.down[key], self.up[key], *of)
         return result
 
     def vectors(self) -> dict[str, Vectors]:
@@ -122,7 +140,7 @@ class WideCom(StepCompensator):
 
     def objective(self, teacher: CompressedViT, student: CompressedViT, whole: bool) -> FeatureMatching:
         """Match features between two degrees that are drawn for every step."""
-        self.fit_beside(student)
+        self.check_parameters(student)
         return FeatureMatching(teacher, student, self, whole, self.options.feature, self.options.kl)
 
 

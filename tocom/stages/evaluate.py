@@ -15,7 +15,7 @@ from torch import nn
 from tqdm import tqdm
 
 from tocom.errors import TocomError
-from tocom.files import Paths, listed, save_arrays
+from tocom.files import Paths, checkpoint_files, listed, save_arrays, sha256
 from tocom.jobs import EvaluatedMethod, EvaluateJob
 from tocom.models import compress, load_model, pick_device
 from tocom.parts import Compensator, file_of_seed, kind_of, load_part, source_degree
@@ -48,7 +48,7 @@ def evaluate(
     Args:
         checkpoints: files, or a folder of them. data: the prepared task.
         compensators: method -> file, for the job's methods that add one; or files, of which a model gets the one that
-            was learned with its seed.
+            was learned with its seed; or a folder of files that were adapted to the checkpoints, named as they are.
         output: a file with what is predicted, arrays [cells, images, ...], and the cells in its metadata.
 
     Returns:
@@ -64,7 +64,7 @@ def evaluate(
     for name, how in job.methods.items():
         if how.compensated and name not in compensators:
             raise TocomError(f"method {name!r} adds a compensator; name its file (--compensator {name}=FILE)")
-    files = _files(checkpoints)
+    files = checkpoint_files(checkpoints)
     cells, records = [], []
     total = len(files) * sum(len(how.infer_degrees) for how in job.methods.values())
     with bar(None, f"evaluate {task.name}", total=total) as progress:
@@ -78,19 +78,15 @@ def evaluate(
     return cells
 
 
-def _method(name: str, how: EvaluatedMethod, compensators: Mapping[str, Paths], seed: int) -> Evaluated:
-    file = file_of_seed(compensators[name], seed) if how.compensated else None
-    return Evaluated(name, how, None if file is None else load_part(file, "compensator"))
-
-
-def _files(checkpoints: Paths) -> list[Path]:
-    """Return the checkpoints in a folder, by name, or those that were named."""
-    if not isinstance(checkpoints, str | os.PathLike) or not Path(checkpoints).is_dir():
-        return listed(checkpoints)
-    files = sorted(Path(checkpoints).glob("*.safetensors"))
-    if not files:
-        raise TocomError(f"{checkpoints} holds no checkpoints; fine-tune some first (`tocom finetune`)")
-    return files
+def _method(
+    name: str, how: EvaluatedMethod, compensators: Mapping[str, Paths], checkpoint: str | os.PathLike, seed: int
+) -> Evaluated:
+    if not how.compensated:
+        return Evaluated(name, how, None)
+    files = listed(compensators[name])
+    adapted = len(files) == 1 and files[0].is_dir()  # one for each checkpoint, named as it is
+    file = files[0] / Path(checkpoint).name if adapted else file_of_seed(files, seed)
+    return Evaluated(name, how, load_part(file, "compensator"))
 
 
 def evaluate_checkpoint(
@@ -110,11 +106,12 @@ def evaluate_checkpoint(
         raise TocomError(
             f"{checkpoint} was fine-tuned for {meta.get('task')!r}, not for {task.name!r}; check the paths"
         )
-    methods = [_method(name, how, compensators, meta["seed"]) for name, how in job.methods.items()]
+    source = source_degree(meta["train_degree"])
+    chosen = {name: how for name, how in job.methods.items() if source is not None or not how.compensated}
+    methods = [_method(name, how, compensators, checkpoint, meta["seed"]) for name, how in chosen.items()]
     for method in methods:
         if method.compensator is not None:
             check_compensator(checkpoint, meta, model, method.compensator)
-    source = source_degree(meta["train_degree"])
     vit = compress(model.to(task.device), meta, meta["compressor"], source or 0)
     module = task.restore(vit, meta)
     run = {
@@ -143,7 +140,7 @@ def evaluate_checkpoint(
             for degree in method.how.infer_degrees:
                 vit.set_degree(degree)
                 plain[degree] = record(method, 0.0, plain.get(degree))
-    for method in methods if source is not None else ():
+    for method in methods:
         if method.compensator is not None:
             vit.detach().set_degree(source)
             vit.attach(method.compensator)
@@ -213,6 +210,9 @@ def check_compensator(checkpoint: str | os.PathLike, meta: dict, model: nn.Modul
             f"{checkpoint} was trained from another backbone than this compensator was learned on"
             f" ({meta['backbone_sha256'][:12]}, {made_for[:12]}); learn one for its backbone"
         )
+    adapted_to = compensator.metadata.get("adapted_to")
+    if adapted_to not in (None, sha256(checkpoint)):
+        raise TocomError(f"{checkpoint} is not the model that this compensator was adapted to; adapt one to it")
     run = {"proportional_attention": meta.get("proportional_attention", True)}
     run |= {name: list(model.pretrained_cfg[name]) for name in ("mean", "std")}
     for name, value in run.items():

@@ -13,7 +13,7 @@ from tocom.bundled import resolve
 from tocom.errors import TocomError
 from tocom.files import Paths, sha256, write_rows
 from tocom.jobs import FinetuneJob
-from tocom.models import compress, load_fine_tuned, pick_device, save_model
+from tocom.models import compress, load_fine_tuned, load_model, pick_device, save_model
 from tocom.parts import (
     Compressor,
     Shape,
@@ -213,7 +213,9 @@ class _Run:
         model, about = load_fine_tuned(given, self.backbone, task.classes, label, compressor)
         task.check(model)
         torch.manual_seed(derive_seed(checkpoint.seed, task.name, label, "initial weights"))  # of the compressor
-        vit = compress(model, about, self.compressor(model, checkpoint.seed), degree).to(task.device)
+        reference = load_model(self.backbone)  # what a compressor takes from a model, it takes from the backbone
+        fitted = compress(*reference, self.compressor(model, checkpoint.seed)).compressor
+        vit = compress(model, about, fitted, degree).to(task.device)
         module = task.restore(vit, about)
         score = task.validate(module, SCORE_BATCH, self.settings.precision).score
         record = {"best_epoch": 0, "val_score": score, "fine_tuned": about["fine_tuned"]}

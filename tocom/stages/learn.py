@@ -22,7 +22,7 @@ from tocom.jobs import LearnJob
 from tocom.models import check_classifier, compress, load_model, pick_device
 from tocom.parts import Objective, Part, Shape, describe, load_part, make_part, save_part
 from tocom.seeds import derive_seed
-from tocom.settings import LearnSettings
+from tocom.settings import AdaptSettings, LearnSettings
 from tocom.stages.pretrain import letters
 from tocom.training import (
     autocast,
@@ -70,8 +70,8 @@ def _identity(images: Tensor | list[Path], held_out: Tensor) -> str:
 def _training_step(
     objective: Objective,
     model: nn.Module,
-    images: Tensor | list[Path],
-    settings: LearnSettings,
+    images: Tensor | Sequence[Path],
+    settings: LearnSettings | AdaptSettings,
     seed: int,
     workers: int,
 ) -> tuple[Callable, Callable | None]:
@@ -152,7 +152,8 @@ def learn(
             "job": job.recipe(),
             "images": _identity(images, held_out),
         }
-        trained = _train(part, objective, teacher, images, held_out, job, identity, output, workers)
+        title = f"learn {describe(part)['kind']} seed {job.seed}"
+        trained = train(objective, teacher, images, held_out, settings, job.seed, title, identity, output, workers)
         described = {
             "backbone": about["architecture"],
             "backbone_sha256": about["sha256"],
@@ -171,21 +172,30 @@ def learn(
         return described | trained
 
 
-def _train(
-    part: Part,
+def train(
     objective: Objective,
     model: nn.Module,
-    images: Tensor | list[Path],
+    images: Tensor | Sequence[Path],
     held_out: Tensor,
-    job: LearnJob,
+    settings: LearnSettings | AdaptSettings,
+    seed: int,
+    title: str,
     identity: dict,
     output: str | os.PathLike,
     workers: int,
 ) -> dict:
-    """Train a part; return its best epoch and the held-out loss before and after."""
-    settings, device = job.settings, next(model.parameters()).device
+    """Minimise an objective on images without labels.
+
+    Args:
+        model: the timm ViT whose images these are. identity: see :func:`tocom.training.fit`.
+        output: beside it an interrupted run keeps its state.
+
+    Returns:
+        The best epoch, the held-out loss before and after (nats), and the rows of its curve.
+    """
+    device = next(model.parameters()).device
     held_out = held_out.to(device)
-    generator = torch.Generator().manual_seed(derive_seed(job.seed, "held-out pairs"))
+    generator = torch.Generator().manual_seed(derive_seed(seed, "held-out pairs"))
     trials = [objective.draw(generator) for _ in range(settings.pairs)]
     chunks = held_out.split(-(-len(held_out) // len(trials)))  # a part of the images for every trial
 
@@ -198,15 +208,15 @@ def _train(
         return (-float(torch.stack(distributed.gather(losses)).mean()),)
 
     before = -score()[0]
-    step, loader = _training_step(objective, model, images, settings, job.seed, workers)
+    step, loader = _training_step(objective, model, images, settings, seed, workers)
     record = fit(
         step,
         objective,
         len(images),
         settings,
-        job.seed,
+        seed,
         score,
-        f"learn {describe(part)['kind']} seed {job.seed}",
+        title,
         identity,
         resume_path(output),
         lambda: objective.set(objective.draw()),

@@ -80,6 +80,14 @@ class Task(abc.ABC):
     ) -> tuple[Callable[[Any], Tensor], Callable | None]:
         """Return the loss of a micro-batch, and what feeds it (None: the indices of its images are enough)."""
 
+    def unlabelled(self, model: nn.Module) -> tuple[Tensor | Sequence[Path], Tensor]:
+        """Return the training images, decoded [n, 3, H, W] uint8 or as paths, and the validation images, decoded.
+
+        Raises:
+            TocomError: tasks of this kind have no images to adapt a compensator on.
+        """
+        raise TocomError(f"a compensator cannot be adapted to {self.name}, a task to {self.kind}; leave adapt out")
+
     @abc.abstractmethod
     def validate(self, module: nn.Module, batch_size: int, precision: str, workers: int = 0) -> Validated:
         """Return the score on the validation images and minus their loss."""

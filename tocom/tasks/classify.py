@@ -96,6 +96,11 @@ class Classification(Task):
             )
         return from_memory, None
 
+    def unlabelled(self, model: nn.Module) -> tuple[Tensor | Sequence[Path], Tensor]:
+        """Return the training images, decoded [n, 3, H, W] uint8 or as paths, and the validation images, decoded."""
+        self.check(model)
+        return self.train_split.images, self.val_split.images
+
     def validate(self, module: nn.Module, batch_size: int, precision: str, workers: int = 0) -> Validated:
         """Return the accuracy on the validation images and minus their cross-entropy (nats)."""
         return scored(predict(module, self.val_split.images, batch_size, precision), self.val_split.labels)

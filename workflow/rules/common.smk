@@ -44,6 +44,7 @@ DATA = f"{ROOT}/data/{{task}}.safetensors"
 BACKBONE = "{store}/backbones/{backbone}.safetensors"
 LEARNED = "{store}/learned/{backbone}/{part}.safetensors"
 CHECKPOINTS = f"{ROOT}/checkpoints/{{backbone}}/{{tuned}}/{{task}}/{{batch}}"
+ADAPTED = f"{ROOT}/adapted/{{backbone}}/{{method}}/{{task}}/{{batch}}"
 PREDICTIONS = (
     f"{ROOT}/predictions/{{backbone}}/{{tuned}}/{{task}}/{{batch}}.safetensors"
 )
@@ -71,6 +72,7 @@ wildcard_constraints:
     backbone=r"[^/]+",
     part=r"[^/]+",
     tuned=r"[^/]+",
+    method=r"[^/]+",
     task=r"[^/]+",
     batch=r"batch-\d+",
 

@@ -8,6 +8,9 @@ rule evaluate:
         compensators=lambda wildcards: [
             file for _, file in PLAN.compensators(wildcards)
         ],
+        adapted=lambda wildcards: [
+            folder for _, folder in PLAN.adapted(wildcards, ADAPTED)
+        ],
     output:
         PREDICTIONS,
     log:
@@ -30,8 +33,13 @@ rule evaluate:
             [method for method, _ in PLAN.compensators(wildcards)],
             input.compensators,
         ),
+        adapted=lambda wildcards, input: named(
+            "--compensator",
+            [method for method, _ in PLAN.adapted(wildcards, ADAPTED)],
+            input.adapted,
+        ),
     shell:
-        "tocom evaluate {params.job:q} --checkpoint {input.checkpoints} --data {input.data} {params.compensators}"
+        "tocom evaluate {params.job:q} --checkpoint {input.checkpoints} --data {input.data} {params.compensators} {params.adapted}"
         " --output {output} > {log} 2>&1"
 
 

@@ -1,0 +1,117 @@
+"""Adapt a compensator to fine-tuned models, on the training images of their task and without its labels.
+
+A model teaches itself: at its train degree it is the teacher, at the degree drawn for a step the student, with the
+compensator beside its weights. At its train degree it stays, bit for bit, what it was.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from tocom import distributed
+from tocom.errors import TocomError
+from tocom.files import Paths, checkpoint_files, sha256, write_rows
+from tocom.jobs import AdaptJob
+from tocom.models import compress, load_model, pick_device
+from tocom.parts import Compensator, Shape, describe, file_of_seed, load_part, make_part, save_part, source_degree
+from tocom.seeds import derive_seed
+from tocom.stages.learn import train
+from tocom.tasks import Task, load_task
+from tocom.training import compiled, explained, forget, make_deterministic
+
+
+@explained()
+def adapt(
+    job: AdaptJob,
+    checkpoints: Paths,
+    data: str | os.PathLike,
+    output: str | os.PathLike,
+    learned: Paths | None = None,
+    workers: int = 0,
+) -> list[dict]:
+    """Adapt a compensator to each of some checkpoints of one task that was trained at one degree.
+
+    The best epoch is the one with the lowest divergence of the logits on validation images, of which, too, no label is
+    used.
+
+    Args:
+        checkpoints: files, or a folder of them. data: the prepared task.
+        output: folder of the adapted compensators, each named as its checkpoint, beside its curve.
+        learned: the compensator to start from; of several files, the one that was learned with a model's seed. None:
+            from no change.
+        workers: processes that decode and augment images; they change no result.
+
+    Returns:
+        What is stored with each compensator.
+
+    Raises:
+        TocomError: an input is missing, corrupt or does not fit the others, or the loss turns NaN.
+    """
+    settings, output = job.settings, Path(output)
+    make_deterministic(settings.threads, settings.deterministic)
+    device = distributed.own_device(pick_device(settings.device))
+    if (learned is None) != (settings.start == "zero"):
+        raise TocomError("give the learned compensator to start from (--learned), or set start: zero, not both")
+    with distributed.processes(device):
+        task, written = load_task(data, device), []
+        files = [path for path in checkpoint_files(checkpoints) if _degree(path) is not None]
+        for path in files:
+            written.append(_adapt(job, path, task, output / path.name, data, learned, workers))
+        for path in files:
+            forget(_state(output / path.name))
+    return written
+
+
+def _degree(path: Path) -> int | None:
+    return source_degree(load_model(path)[1]["train_degree"])
+
+
+def _state(output: Path) -> Path:
+    """Return beside what an interrupted training keeps its state: not in a folder that is made anew."""
+    return output.parent.with_name(f"{output.parent.name}.{output.name}")
+
+
+def _start(job: AdaptJob, learned: Paths | None, seed: int, shape: Shape) -> Compensator:
+    torch.manual_seed(derive_seed(seed, "compensator"))
+    if learned is None:
+        return make_part("compensator", job.compensator, shape, job.max_degree)
+    part = load_part(file_of_seed(learned, seed), "compensator")
+    if describe(part) != describe(make_part("compensator", job.compensator, shape, job.max_degree)):
+        raise TocomError(f"{learned} holds {describe(part)}, the job is about {job.compensator}; give one of that kind")
+    return part
+
+
+def _adapt(
+    job: AdaptJob, checkpoint: Path, task: Task, output: Path, data: str | os.PathLike, learned: Paths | None, workers
+) -> dict:
+    """Adapt a compensator to one checkpoint and write it."""
+    settings = job.settings
+    teacher, meta = load_model(checkpoint)
+    student, _ = load_model(checkpoint, drop_path_rate=settings.drop_path)
+    source, seed = source_degree(meta["train_degree"]), meta["seed"]
+    part = _start(job, learned, seed, Shape.of(teacher))
+    both = [compress(model.to(task.device), meta, meta["compressor"], source) for model in (teacher, student)]
+    part.compressor = describe(both[0].compressor)
+    objective = part.objective(*both, settings.compile is not None).to(task.device)
+    objective.compiled(lambda vit: compiled(vit, settings))
+    objective.source = source
+    inputs = {"checkpoint": sha256(checkpoint), "data": sha256(data)}
+    inputs["learned"] = None if learned is None else sha256(file_of_seed(learned, seed))
+    images, held_out = task.unlabelled(teacher)
+    title = f"adapt {describe(part)['kind']} to {task.name} degree {source} seed {seed}"
+    of_run = derive_seed(seed, task.name, str(source))
+    identity = inputs | {"job": job.recipe()}
+    trained = train(objective, teacher, images, held_out, settings, of_run, title, identity, _state(output), workers)
+    about = {name: meta[name] for name in ("backbone_sha256", "proportional_attention", "train_degree", "task")}
+    about |= {name: list(teacher.pretrained_cfg[name]) for name in ("mean", "std")}
+    about |= {"seed": seed, "recipe": settings.recipe(), "adapted_to": inputs["checkpoint"]}
+    if distributed.is_main():
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_rows(trained.pop("epochs"), output.with_suffix(".csv"))
+        part.metadata = about | trained
+        save_part(output, part)
+    distributed.wait_for_all()
+    return about | trained
