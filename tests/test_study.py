@@ -281,8 +281,8 @@ def test_studies_with_other_seeds_share_what_both_learn_and_every_seed_goes_its_
 def test_a_task_changes_sections_key_by_key():
     tasks = ["digits", {"name": "mnist5k", "finetune": {"lr": 1e-4}, "data": {"train": 50}}]
     study = parse_study(changed(tasks=tasks, finetune={"epochs": 7}))
-    assert study.finetune_for("digits") == FinetuneSettings(epochs=7)
-    assert study.finetune_for("mnist5k") == FinetuneSettings(epochs=7, lr=1e-4)
+    assert study.finetune_for("digits", "tome") == FinetuneSettings(epochs=7)
+    assert study.finetune_for("mnist5k", "tome") == FinetuneSettings(epochs=7, lr=1e-4)
     assert (study.data_for("mnist5k").train, study.data_for("mnist5k").test) == (50, study.data.test)
 
 

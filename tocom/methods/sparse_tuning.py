@@ -180,7 +180,8 @@ class SparseTuning(EViT):
         if not degree:
             return 1.0
         budget = self.costs.merging(degree)
-        affordable = bisect_right(range(1, PARTS), budget, key=lambda part: self.blocks_cost(self.removed(part / PARTS)))
+        shares = range(1, PARTS)
+        affordable = bisect_right(shares, budget, key=lambda share: self.blocks_cost(self.removed(share / PARTS)))
         return max(affordable, 1) / PARTS
 
     def counts(self, degree: Degree, depth: int) -> tuple[int, ...]:
