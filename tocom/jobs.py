@@ -277,7 +277,8 @@ class Plan:
                     f"{first.study} and {study.study} mean different things by the backbone {backbone.name!r} of their"
                     f" store {store}; give one of them another name"
                 )
-            for method, seed, role in product(study.methods, study.seeds, ("compressor", "compensator")):
+            pairs = [(method, seed) for method in study.methods for seed in study.seeds_of(method)]
+            for (method, seed), role in product(pairs, ("compressor", "compensator")):
                 name = study.learned_name(backbone.name, method, seed, role)
                 if name is not None:
                     key = (store, backbone.name, name)
@@ -395,7 +396,7 @@ class Plan:
         study = self.study(wildcards)
         low, high = study.gap_degrees(wildcards.tuned)
         names = {"study": study.study, "backbone": wildcards.backbone, "method": wildcards.tuned}
-        return TransferJob(**names, low=low, high=high, seeds=study.seeds, settings=study.evaluate)
+        return TransferJob(**names, low=low, high=high, seeds=study.seeds_of(wildcards.tuned), settings=study.evaluate)
 
     def throughput(self, wildcards: Any) -> ThroughputJob:
         """Return the job that measures a method's compressor, plain and with each kind of compensator."""
@@ -439,7 +440,8 @@ class Plan:
     def timed_compensators(self, wildcards: Any) -> list[tuple[str, str]]:
         """Return (method, file) of the compensators that are timed beside ``tuned``: any seed costs the same."""
         study = self.study(wildcards)
-        return self._files_of(study, wildcards.backbone, self.measured_with(study, wildcards.tuned), study.seeds[:1])
+        seeds = study.seeds_of(wildcards.tuned)[:1]
+        return self._files_of(study, wildcards.backbone, self.measured_with(study, wildcards.tuned), seeds)
 
     @staticmethod
     def _files_of(
@@ -463,7 +465,7 @@ class Plan:
 
     def timed_compressor(self, wildcards: Any) -> list[str]:
         """Return the file of the compressor that is timed, if it is learned."""
-        return self._compressors(wildcards, self.study(wildcards).seeds[:1])
+        return self._compressors(wildcards, self.study(wildcards).seeds_of(wildcards.tuned)[:1])
 
     def _compressors(self, wildcards: Any, seeds: Iterable[int]) -> list[str]:
         study, tuned = self.study(wildcards), [wildcards.tuned]
@@ -505,7 +507,10 @@ class Plan:
     def all_learned(self, wildcards: Any) -> list[str]:
         """Return the files of all compensators of a study."""
         study = self.study(wildcards)
-        found = [self._files_of(study, backbone.name, study.methods, study.seeds) for backbone in study.backbones]
+        found = [
+            self._files_of(study, backbone.name, [method], study.seeds_of(method))
+            for backbone, method in product(study.backbones, study.methods)
+        ]
         return list(dict.fromkeys(file for files in found for _, file in files))
 
     @property

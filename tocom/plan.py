@@ -120,8 +120,8 @@ def _stated(name: str) -> dict[str, float]:
 
 def checkpoints_of(study: Study) -> int:
     """Return the number of a study's checkpoints."""
-    each = sum(len(study.train_degrees_of(tuned)) for tuned in study.tuned)
-    return each * len(study.seeds) * len(study.tasks) * len(study.backbones)
+    each = sum(len(study.train_degrees_of(tuned)) * len(study.seeds_of(tuned)) for tuned in study.tuned)
+    return each * len(study.tasks) * len(study.backbones)
 
 
 def cells_of(study: Study) -> int:
@@ -130,8 +130,8 @@ def cells_of(study: Study) -> int:
     for name, method in study.methods.items():
         labels = study.train_degrees_of(name)
         used = [label for label in labels if method.compensator is None or source_degree(label) is not None]
-        each += len(used) * len(study.infer_degrees_of(name))
-    return each * len(study.seeds) * len(study.tasks) * len(study.backbones)
+        each += len(used) * len(study.infer_degrees_of(name)) * len(study.seeds_of(name))
+    return each * len(study.tasks) * len(study.backbones)
 
 
 def passes(plan: Plan, sizes: Sizes) -> Iterator[Passes]:
@@ -180,7 +180,7 @@ def _learned_on(settings: LearnSettings, root: str) -> tuple[float, float]:
 
 def _of_task(study: Study, tuned: str, task: str, sizes: Mapping[str, float], subject: Subject) -> Iterator[Passes]:
     """Fine-tune, score validation images after every epoch, evaluate all cells, and carry gaps."""
-    it, n, evaluate = study.finetune_for(task, tuned), len(study.seeds), study.evaluate
+    it, n, evaluate = study.finetune_for(task, tuned), len(study.seeds_of(tuned)), study.evaluate
     tuning = make_part("tuning", study.methods[tuned].tuning.described(), max_degree=study.max_degree)
     for label in study.train_degrees_of(tuned):
         source, scored = source_degree(label), tuning.score_degrees(label)
@@ -329,9 +329,10 @@ def power_of(study: Study, sizes: Sizes) -> tuple[str, ...]:
     from tocom.analysis.planned import endpoint
     from tocom.analysis.stats import Spreads
 
-    end, seeds = endpoint(study), len(study.seeds)
+    end = endpoint(study)
     if end is None:
-        return f"{study.study}: compares nothing", str(seeds), "", ""
+        return f"{study.study}: compares nothing", study.seeds_text, "", ""
+    seeds = len(set(study.seeds_of(end.before)) & set(study.seeds_of(end.after)))
     name = f"{study.study}: {end.after} over {end.before} ({end.backbone}), {end.scope.name}"
     images = [sizes[study.study, task]["test"] for task in end.scope.tasks]
     expected = Spreads(**study.analysis.expected.model_dump(), task=math.nan)

@@ -42,7 +42,7 @@ from tocom.settings import (
 )
 
 #: What a method may set for itself.
-DEGREES = ("train_degrees", "infer_degrees")
+OWN = ("seeds", "train_degrees", "infer_degrees")
 #: Groups that tables make of others.
 RESERVED_GROUPS = ("all tasks", "VTAB-1k")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.]*")
@@ -201,6 +201,9 @@ class Method(Settings):
         None,
         min_length=1,
         description="candidate scales of its compensator, which need not hold 0; null: those of evaluate",
+    )
+    seeds: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        None, min_length=1, description="null: those of the study"
     )
     train_degrees: tuple[Degree, ...] | None = Field(None, min_length=1, description="null: those of the study")
     infer_degrees: tuple[Degree, ...] | None = Field(None, min_length=1, description="null: those of the study")
@@ -433,9 +436,9 @@ class Study(Settings):
         for name in [self.study, *(b.name for b in self.backbones), *self.task_names, *self.methods]:
             if not NAME.fullmatch(name):
                 raise ValueError(f"{name!r} cannot name a folder: use letters, digits, '_' and '.'")
-        listed = {what: getattr(self, what) for what in ("backbones", "tasks", "seeds", "compare", *DEGREES)}
+        listed = {what: getattr(self, what) for what in ("backbones", "tasks", "compare", *OWN)}
         for name, method in self.methods.items():
-            listed |= {f"method {name!r}: {what}": getattr(method, what) or () for what in DEGREES}
+            listed |= {f"method {name!r}: {what}": getattr(method, what) or () for what in OWN}
         for what, items in listed.items():
             values = [getattr(item, "name", item) for item in items]
             if len(set(values)) < len(values):
@@ -500,7 +503,9 @@ class Study(Settings):
                     f" {added.name} has no gap to close"
                 )
             if not method.tuning.part.trains_anything and (
-                len(self.seeds) > 1 or len(self.train_degrees_of(name)) > 1 or method.tuning.options.degree != "fixed"
+                len(self.seeds_of(name)) > 1
+                or len(self.train_degrees_of(name)) > 1
+                or method.tuning.options.degree != "fixed"
             ):
                 raise ValueError("models that are used as they are were trained at one degree: give it, and one seed")
 
@@ -569,6 +574,16 @@ class Study(Settings):
         tuning, degrees = self.methods[method].tuning, self.methods[method].train_degrees or self.train_degrees
         return tuning.part.labels(tuning.options, degrees)
 
+    def seeds_of(self, method: str) -> tuple[int, ...]:
+        """Return the seeds that a method's models are fine-tuned with, and that what it learns is learned with."""
+        return self.methods[method].seeds or self.seeds
+
+    @property
+    def seeds_text(self) -> str:
+        """How many seeds methods have."""
+        counts = sorted({len(self.seeds_of(method)) for method in self.methods})
+        return " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+
     def infer_degrees_of(self, method: str) -> tuple[int, ...]:
         """Return a method's inference degrees."""
         return self.methods[method].infer_degrees or self.infer_degrees
@@ -589,7 +604,7 @@ class Study(Settings):
     def _tuned(self, name: str) -> tuple:
         method = self.methods[name]
         learned = method.compressor.part.learns(method.compressor.options) and self.learn_for(name)
-        tuned = method.tuning.described(), method.finetune, self.train_degrees_of(name)
+        tuned = method.tuning.described(), method.finetune, self.train_degrees_of(name), self.seeds_of(name)
         return method.compressor.described(), learned, *tuned
 
     def learns(self, method: str) -> bool:
@@ -613,7 +628,7 @@ class Study(Settings):
 
     def batches(self, tuned: str) -> dict[str, tuple[Checkpoint, ...]]:
         """Return the checkpoints of one task as they are shared out to jobs, by the batch's name."""
-        every = tuple(Checkpoint(*point) for point in product(self.train_degrees_of(tuned), self.seeds))
+        every = tuple(Checkpoint(*point) for point in product(self.train_degrees_of(tuned), self.seeds_of(tuned)))
         size = self.checkpoints_per_job
         parts = [every[start : start + size] for start in range(0, len(every), size)]
         return {f"batch-{number}": part for number, part in enumerate(parts)}

@@ -170,7 +170,7 @@ def methods_table(run: Run, backbone: str) -> Table:
     rows = [_methods_row(run, backbone, scope, entry, there, first, means) for entry in entries(study)]
     header = ["method", "degrees", "mean", "median", "IQM", "mean rank", f"P(above {run.title(first.method)})"]
     caption = (
-        f"Test {study.metric} in % of {len(study.seeds)} seed(s) on {len(scope.tasks)} task(s), at train → inference "
+        f"Test {study.metric} in % of {study.seeds_text} seed(s) on {len(scope.tasks)} task(s), at train → inference "
         "degree. Mean: ± standard deviation over seeds. Median: of the tasks. IQM: mean of the middle half of all "
         "runs, with a 95 % interval by drawing seeds within tasks (Agarwal et al. 2021)"
         f"{_not_drawn(study)}. Mean rank: over tasks, 1 is the best. P: how often a training scores above one of "
@@ -187,7 +187,7 @@ def _plain(study) -> Entry:
 
 
 def _not_drawn(study) -> str:
-    if len(study.seeds) < 2:
+    if study.seeds_text == "1":
         return "; none with one seed"
     learns = any(map(study.learns, study.methods))
     return "; what a learned part does to all tasks alike is not in it" if learns else ""
@@ -208,7 +208,7 @@ def _methods_row(
     above = improvement(scores, there[first]) if first in there and entry != first else np.nan
     return [
         *names,
-        score_text(by_seed, len(run.study.seeds)),
+        score_text(by_seed, len(run.study.seeds_of(entry.method))),
         Text(f"{np.median(scores.mean(axis=0)):.1f}"),
         Text(typical),
         Text(_number(means.get(entry, np.nan))),

@@ -103,7 +103,8 @@ def _tuned(run: Run, backbone: str) -> Iterator[Curve]:
 
 
 def _learned(run: Run, backbone: str) -> Iterator[Curve]:
-    for method, role, seed in product(run.study.methods, ROLES, run.study.seeds):
+    pairs = [(method, seed) for method in run.study.methods for seed in run.study.seeds_of(method)]
+    for (method, seed), role in product(pairs, ROLES):
         file = run.learned_file(backbone, method, seed, role)
         if file is not None:
             without = run.learned(backbone, method, seed, role).get("held_out_kl_without")

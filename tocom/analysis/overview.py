@@ -141,8 +141,8 @@ def _mean_transfer(run: Run) -> str:
 
 
 def _transfer_progress(run: Run) -> tuple[int, int]:
-    tasks, models = len(run.study.task_names), len(run.backbones) * len(transfer_methods(run.study))
-    return len(_all_transferred(run)), models * (tasks + 1) * tasks * len(run.study.seeds)
+    tasks, seeds = len(run.study.task_names), sum(map(len, map(run.study.seeds_of, transfer_methods(run.study))))
+    return len(_all_transferred(run)), len(run.backbones) * (tasks + 1) * tasks * seeds
 
 
 def joint(lines: Sequence[Overview]) -> Table:

@@ -67,17 +67,20 @@ def _backbones(run: Run) -> list[Table]:
 
 def largest_gains(run: Run) -> Table:
     """Return the largest gain of every pair of methods that share models, beside the published one."""
-    rows, seeds = [], len(run.study.seeds)
+    rows = []
     corrected = run.corrected(run.backbones, run.scopes, same_models(run.study))
     for scope, backbone, pair in product(run.scopes, run.backbones, same_models(run.study)):
         best, mean = largest(run, backbone, pair, scope), best_mean(run, backbone, pair, scope)
         texts = [scope.name, where(run, backbone, pair), gain_text(best, corrected) if best else NOT_RUN]
         texts += [best.degrees if best else NOT_RUN]
-        texts += [score_text(mean[1], seeds, show=signed).text if mean else NOT_RUN, mean[0] if mean else NOT_RUN]
+        texts += [
+            score_text(mean[1], len(run.study.seeds_of(pair[1])), show=signed).text if mean else NOT_RUN,
+            mean[0] if mean else NOT_RUN,
+        ]
         rows.append([Text(text) for text in (*texts, published_gain(run, scope, backbone, pair) or NOT_AT_HAND)])
     caption = (
         "The largest gain among all pairs of a train and another inference degree, averaged over the group's tasks and "
-        f"{seeds} seeds. {gain_caption(run)} {LARGEST_CAPTION} Mean gain: over all inference degrees but the train "
+        f"{run.study.seeds_text} seeds. {gain_caption(run)} {LARGEST_CAPTION} Mean gain: over all inference degrees but the train "
         "degree, in points, ± standard deviation over seeds, from the train degree where it is largest. "
         f"{READING_CAPTION} {NOT_AT_HAND}: none is at hand."
     )
@@ -128,18 +131,21 @@ def _training_speed(run: Run, backbone: str, method: str, degree: int) -> tuple[
 
 def _ablation(run: Run) -> list[Table]:
     """A block a compensated method: score and gain at every mismatch, and how well its compensator was learned."""
-    seeds, scope, tables = len(run.study.seeds), run.scopes[-1], []
+    scope, tables = run.scopes[-1], []
     for backbone, (plain, ours) in product(run.backbones, run.with_compensators()):
         pairs = {method: run.pairs(backbone, (plain, method), scope) for method in ours}
         corrected = run.corrected([backbone], [scope], [(plain, method) for method in ours])
         degrees = sorted({key for found in pairs.values() for key in found}, key=lambda key: (int(key[0]), key[1]))
-        files = [run.learned_file(backbone, method, run.study.seeds[0]) for method in ours]
-        scores = [score_text(run.score(backbone, plain, scope, *key), seeds) for key in degrees]
+        files = [run.learned_file(backbone, method, run.study.seeds_of(method)[0]) for method in ours]
+        scores = [
+            score_text(run.score(backbone, plain, scope, *key), len(run.study.seeds_of(plain))) for key in degrees
+        ]
         without = _held_out_kl(run, backbone, ours[0], "held_out_kl_without")
         rows = [[Text(run.title(plain)), Text("plain"), *scores, Text(without)]]
         rules = []
         for number, method in enumerate(ours):
-            scores = [score_text(run.score(backbone, method, scope, *key), seeds) for key in degrees]
+            planned = len(run.study.seeds_of(method))
+            scores = [score_text(run.score(backbone, method, scope, *key), planned) for key in degrees]
             # A file that a method before has was not learned for this one.
             kl = "–" if files[number] in files[:number] else _held_out_kl(run, backbone, method, "held_out_kl")
             rules.append(len(rows))
@@ -149,7 +155,7 @@ def _ablation(run: Run) -> list[Table]:
             rows.append([Text(""), Text("gain"), *gains, Text("")])
         caption = (
             f"{learning_note(run, [backbone], ours)}Test {run.study.metric} in % at each train → inference degree, "
-            f"{averages(scope, seeds)}. {gain_caption(run)} p: of "
+            f"{averages(run, scope)}. {gain_caption(run)} p: of "
             "that test, corrected. KL: of the student from the teacher on held-out images "
             "(nats), at the scale that the compensator was learned at, mean over seeds; – where nothing was learned "
             "for it alone. "
@@ -176,10 +182,10 @@ def _plain(value: Any) -> str:
 
 def _held_out_kl(run: Run, backbone: str, method: str, key: str) -> str:
     """Return the mean of what the files of what was learned say, one a seed; a dash where that is nothing."""
-    files = [run.learned_file(backbone, method, seed) for seed in run.study.seeds]
+    files = [run.learned_file(backbone, method, seed) for seed in run.study.seeds_of(method)]
     if not any(file.is_file() for file in files):
         return NOT_RUN
-    found = [run.learned(backbone, method, seed).get(key) for seed in run.study.seeds]
+    found = [run.learned(backbone, method, seed).get(key) for seed in run.study.seeds_of(method)]
     known = [kl for kl in found if kl is not None]
     in_vain = key == "held_out_kl" and learned_in_vain(run, backbone, method)
     note = f" (no better than without, with {_seeds(in_vain)})" if in_vain else ""
@@ -192,11 +198,11 @@ def _seeds(seeds: Sequence[int]) -> str:
 
 def _transfer(run: Run) -> list[Table]:
     """Which task's gap does what to which task, in points over adding none."""
-    methods, seeds, tables = transfer_methods(run.study), len(run.study.seeds), []
+    methods, tables = transfer_methods(run.study), []
     if not methods:
         raise TocomError("the transfer of a gap needs a method with two train degrees; give them in train_degrees")
     for backbone, method in product(run.backbones, methods):
-        degrees = train_degrees(run.study, method)
+        degrees, seeds = train_degrees(run.study, method), len(run.study.seeds_of(method))
         found = transferred(run, backbone, method).set_index("seed")
 
         rows = []

@@ -132,7 +132,7 @@ def cells(study, tasks: tuple[str, ...] | None = None) -> set[tuple]:
     return {
         (backbone.name, method, task, seed, train, infer)
         for backbone, method in product(study.backbones, study.methods)
-        for task, seed in product(study.task_names if tasks is None else tasks, study.seeds)
+        for task, seed in product(study.task_names if tasks is None else tasks, study.seeds_of(method))
         for train, infer in product(study.train_degrees_of(method), study.infer_degrees_of(method))
     }
 

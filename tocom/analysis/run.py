@@ -327,7 +327,7 @@ def transferred(run: Run, backbone: str, method: str) -> pd.DataFrame:
     """Return source_task, target_task, seed, accuracy (%) and the change in points over adding no gap; planned ones."""
     frame, study = run.transfer, run.study
     planned = frame.source_task.isin([PLAIN, *study.task_names]) & frame.target_task.isin(study.task_names)
-    planned &= frame.seed.isin(study.seeds) & (frame.backbone == backbone) & (frame.method == method)
+    planned &= frame.seed.isin(study.seeds_of(method)) & (frame.backbone == backbone) & (frame.method == method)
     mine = frame[planned].drop_duplicates(["source_task", "target_task", "seed"])
     mine = mine.assign(accuracy=100 * mine.accuracy.astype(float))
     without = mine[mine.source_task == PLAIN].set_index(["target_task", "seed"]).accuracy

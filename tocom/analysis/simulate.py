@@ -139,7 +139,7 @@ def draw(case: Case, rng: Generator) -> dict[cells.Condition, cells.BySeed]:
         record = _segmenter(images, rng) if case.is_segmented else lambda hard, share: hard < ndtri(share)
         for method, train, infer, tuned, added in _conditions(case):
             by_seed = found.setdefault(("vit", method, task, train, infer), {})
-            for seed in study.seeds:
+            for seed in study.seeds_of(method):
                 model, cell = (tuned, train, seed), (tuned, train, infer, added)
                 keys = (), cell, model, (*cell, seed)
                 of_image = sum(sqrt(part) * hard[key] for part, key in zip(HARD, keys, strict=True))

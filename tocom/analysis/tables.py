@@ -183,7 +183,7 @@ def gain_cell(pair: Pair | None, corrected: pd.Series, with_p: bool = False) -> 
 
 def gain_caption(run: Run) -> str:
     """Return what the captions of all tables with gains say of them."""
-    if len(run.study.seeds) < 2:
+    if run.study.seeds_text == "1":
         return (
             "Gain: points, with its 95 % interval over other test images alone: one training cannot speak for others."
         )
@@ -220,14 +220,14 @@ def learned_in_vain(run: Run, backbone: str, method: str) -> list[int]:
         kl, without = found.get("held_out_kl"), found.get("held_out_kl_without")
         return kl is not None and without is not None and kl >= without
 
-    return list(filter(is_so, run.study.seeds))
+    return list(filter(is_so, run.study.seeds_of(method)))
 
 
-def averages(scope: Scope, seeds: int) -> str:
+def averages(run: Run, scope: Scope) -> str:
     """Return what the numbers of a table average over, for its caption."""
     over_tasks = f" of the mean over {', '.join(scope.tasks)}" if len(scope.tasks) > 1 else f" on {scope.tasks[0]}"
     vtab = f" ({VTAB_NOTE})" if scope.name == VTAB else ""
-    return f"mean ± standard deviation over {seeds} seeds{over_tasks}{vtab}"
+    return f"mean ± standard deviation over {run.study.seeds_text} seeds{over_tasks}{vtab}"
 
 
 # --- the main table -------------------------------------------------------------------------------------------------
@@ -248,7 +248,7 @@ def degree_table(run: Run, scope: Scope, backbones: Sequence[str], title: str, l
         rules += [len(rows) + number for number in inner if len(rows) + number]
         rows += block
     caption = (
-        f"Test {run.study.metric} in % at each inference degree, {averages(scope, len(run.study.seeds))}. Bold: the "
+        f"Test {run.study.metric} in % at each inference degree, {averages(run, scope)}. Bold: the "
         "best of the lines of one model, where the intervals of the gains between them leave 0 out. "
         f"{gain_caption(run)} matched: trained at the degree it runs at, the ceiling."
     )
@@ -299,7 +299,7 @@ def _line(run: Run, scope: Scope, backbone: str, method: str, trains: Sequence[s
     """Return the scores of a method at each inference degree, from a train degree of its own each."""
     planned = run.study.infer_degrees_of(method)
     return [
-        score_text(run.score(backbone, method, scope, train, infer), len(run.study.seeds))
+        score_text(run.score(backbone, method, scope, train, infer), len(run.study.seeds_of(method)))
         if infer in planned
         else Text(NOT_PLANNED)
         for train, infer in zip(trains, run.infer_degrees, strict=True)
