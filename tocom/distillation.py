@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tocom.compressed import Compressed
 from tocom.parts import Compensator, Objective
-from tocom.vit import CompressedViT
 
 
 def draw_pair(highest: int, generator: torch.Generator | None = None) -> tuple[int, int]:
@@ -20,7 +20,8 @@ def draw_pair(highest: int, generator: torch.Generator | None = None) -> tuple[i
 
 
 def distillation_loss(teacher: Tensor, student: Tensor) -> Tensor:
-    """Return KL(teacher || student) of logits [B, classes] at temperature 1, averaged over images, in nats."""
+    """Return KL(teacher || student) of logits [B, ..., classes] at temperature 1 in nats: the mean over all of them."""
+    teacher, student = teacher.flatten(0, -2), student.flatten(0, -2)
     return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
 
 
@@ -38,7 +39,7 @@ class Distillation(Objective):
         whole: see :meth:`tocom.parts.Part.objective`.
     """
 
-    def __init__(self, teacher: CompressedViT, student: CompressedViT, compensator: Compensator, whole: bool = False):
+    def __init__(self, teacher: Compressed, student: Compressed, compensator: Compensator, whole: bool = False):
         super().__init__()
         self.teacher, self.student = teacher.eval().requires_grad_(False), student.requires_grad_(False)
         self.compensator, self.whole = compensator, whole
@@ -48,7 +49,7 @@ class Distillation(Objective):
             module.register_forward_hook(lambda _, inputs, output, branch=branch: branch(inputs[0], output))
         self.set((0, compensator.max_degree))
 
-    def _view(self, vit: CompressedViT) -> Callable:
+    def _view(self, vit: Compressed) -> Callable:
         """Return the forward pass of a model whose results are compared."""
         return vit
 
@@ -76,7 +77,7 @@ class Distillation(Objective):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the loss on images [B, 3, H, W]."""
+        """Return the loss on what the models take."""
         teacher, student = self._forward
         with torch.no_grad():
             expected = teacher(images)
@@ -95,8 +96,8 @@ class FeatureMatching(Distillation):
 
     def __init__(
         self,
-        teacher: CompressedViT,
-        student: CompressedViT,
+        teacher: Compressed,
+        student: Compressed,
         compensator: Compensator,
         whole: bool = False,
         feature: float = 1.0,
@@ -105,7 +106,7 @@ class FeatureMatching(Distillation):
         super().__init__(teacher, student, compensator, whole)
         self.weights = feature, kl
 
-    def _view(self, vit: CompressedViT) -> Callable:
+    def _view(self, vit: Compressed) -> Callable:
         return vit.pooled_and_logits
 
     def _losses(self, images: Tensor) -> tuple[Tensor, Tensor]:

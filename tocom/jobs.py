@@ -9,17 +9,19 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from itertools import product
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
 from tocom.bundled import resolve
 from tocom.data.catalogue import owner_of, read_catalogue
+from tocom.data.listing import TaskKind
 from tocom.errors import TocomError
 from tocom.methods import DEFAULTS
 from tocom.settings import (
     EvaluateSettings,
     FinetuneSettings,
+    LanguageSettings,
     LearnSettings,
     PretrainSettings,
     SegmentSettings,
@@ -64,9 +66,9 @@ class ImportJob(Job):
 
 
 class PretrainJob(Job):
-    """Pre-train a backbone on procedural letters (the bundled one took this job)."""
+    """Pre-train a backbone on procedural letters (the bundled one took this job), or a language model on text."""
 
-    architecture: str = Field("vit_tiny_patch16_224", description="a timm ViT")
+    architecture: str = Field("vit_tiny_patch16_224", description="a timm ViT, or llama")
     kwargs: dict[str, Any] = Field({}, description="overrides of its arguments")
     compressor: PartSpec = Field(DEFAULTS["compressor"], description="what accuracy is reported with")
     degrees: tuple[int, ...] = Field((0,), description="degrees to report accuracy at")
@@ -96,7 +98,7 @@ class FinetuneJob(Job):
         (Checkpoint("0", 0),), min_length=1, description="[train degree, seed] of each, such as [[8, 0], [random, 1]]"
     )
     max_degree: int = Field(0, ge=0, description="highest degree that a tuning may draw")
-    task_kind: Literal["classify", "segment"] = Field("classify", description="what the task is")
+    task_kind: TaskKind = Field("classify", description="what the task is")
     settings: dict[str, Any] = Field({}, description="see `tocom settings finetune`; those of the task's kind")
     fine_tuned: str | None = Field(None, description="tuning none: a model fine-tuned elsewhere; null: the backbone")
 
@@ -109,7 +111,7 @@ class FinetuneJob(Job):
         return self
 
     @property
-    def training(self) -> FinetuneSettings | SegmentSettings:
+    def training(self) -> FinetuneSettings | SegmentSettings | LanguageSettings:
         """The validated settings."""
         return FINETUNE[self.task_kind].model_validate(self.settings)
 

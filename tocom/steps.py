@@ -16,13 +16,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tocom.compressed import Compressed
 from tocom.degrees import Degree, counts
 from tocom.distillation import Distillation
 from tocom.errors import TocomError
 from tocom.folding import check_deltas
 from tocom.parts import Compensator, Shape
 from tocom.settings import Fraction, Positive, Settings
-from tocom.vit import CompressedViT
 
 #: The three equal parts of a fused qkv weight, in their order there.
 QKV = ("q", "k", "v")
@@ -123,7 +123,7 @@ class StepCompensator(Compensator):
         """The factor on the update while it is learned."""
         return self.options.trained_scale
 
-    def check_fits(self, vit: CompressedViT) -> None:
+    def check_fits(self, vit: Compressed) -> None:
         """Raise TocomError unless it was learned for such a model and compressor."""
         super().check_fits(vit)
         if vit.model.blocks[0].attn.attn_dim != vit.model.embed_dim:
@@ -226,7 +226,7 @@ class StepCompensator(Compensator):
         normed = F.layer_norm(x, weight.shape, eps=self._eps[module])
         return output + normed.to(output.dtype) * weight + bias
 
-    def fit_beside(self, student: CompressedViT) -> None:
+    def fit_beside(self, student: Compressed) -> None:
         """Get ready to learn beside the weights of a model.
 
         Raises:
@@ -247,7 +247,7 @@ class StepCompensator(Compensator):
                     raise TocomError(f"{module} is a {type(norm).__name__}; {self.title} only changes layer norms")
                 self._eps[module] = norm.eps
 
-    def objective(self, teacher: CompressedViT, student: CompressedViT, whole: bool) -> Distillation:
+    def objective(self, teacher: Compressed, student: Compressed, whole: bool) -> Distillation:
         """Distil between two degrees that are drawn for every step."""
         self.fit_beside(student)
         return Distillation(teacher, student, self, whole)

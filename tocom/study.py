@@ -30,6 +30,7 @@ from tocom.settings import (
     PLAIN,
     EvaluateSettings,
     FinetuneSettings,
+    LanguageSettings,
     LearnSettings,
     Positive,
     PretrainSettings,
@@ -48,8 +49,12 @@ Degree = Annotated[int, Field(ge=0)]
 #: Tables in the paper's form; see tocom.analysis.paper.
 PaperTable = Literal["degrees", "backbones", "methods", "speedup", "ablation", "transfer", "segmentation"]
 #: Kind of a task -> the settings of its fine-tuning, and what is measured on it.
-FINETUNE: dict[str, type[Settings]] = {"classify": FinetuneSettings, "segment": SegmentSettings}
-METRICS = {"classify": "accuracy", "segment": "mIoU"}
+FINETUNE: dict[str, type[Settings]] = {
+    "classify": FinetuneSettings,
+    "segment": SegmentSettings,
+    "language": LanguageSettings,
+}
+METRICS = {"classify": "accuracy", "segment": "mIoU", "language": "bits saved"}
 
 
 # --- what is studied --------------------------------------------------------------------------------------------------
@@ -65,8 +70,12 @@ class Backbone(Settings):
     weights: str | None = Field(None, description="timm: file with its weights (.safetensors, .pth, .npz), no download")
     sha256: str | None = Field(None, description="timm: what the file of weights must hash to; null: not checked")
     num_classes: Positive | None = Field(None, description="timm: classes of the weights' classifier, if not timm's")
-    architecture: str | None = Field(None, description="timm model to pre-train on letters in the workflow")
-    kwargs: dict[str, Any] = Field({}, description="overrides of the timm model's arguments")
+    architecture: str | None = Field(
+        None, description="timm model to pre-train on letters in the workflow, or llama on text"
+    )
+    kwargs: dict[str, Any] = Field(
+        {}, description="overrides of the timm model's arguments; of llama, the arguments of its config"
+    )
     image_size: Positive = Field(32, description="side of the images it takes, in pixels")
     patch_size: Positive = Field(4, description="side of its patches, in pixels")
     proportional_attention: bool | None = Field(
@@ -465,6 +474,10 @@ class Study(Settings):
                 raise ValueError(
                     f"method {name!r}: {method.compressor.name} takes patches away that segmentation needs"
                 )
+            reads = "text" if self.task_kind == "language" else "images"
+            for spec in filter(None, (method.compressor, method.tuning, method.compensator)):
+                if reads not in spec.part.reads:
+                    raise ValueError(f"method {name!r}: {spec.name} is not for models that read {reads}")
             self.learn_for(name)
             added = method.compensator
             if added is not None and not added.part.learns(added.options):
@@ -510,7 +523,7 @@ class Study(Settings):
                 raise ValueError(f"task {task.name!r}: fine_tuned goes with a method that has tuning: none")
 
     def _tables_can_be_made(self) -> None:
-        if self.transfer and (self.task_kind == "segment" or len(self.train_degrees) < 2):
+        if self.transfer and (self.task_kind != "classify" or len(self.train_degrees) < 2):
             raise ValueError("transfer needs tasks to classify, and two train degrees")
         if self.paper == "transfer" and not self.transfer:
             raise ValueError("paper: transfer needs transfer: true")
@@ -530,12 +543,12 @@ class Study(Settings):
 
     @property
     def task_kind(self) -> str:
-        """What its tasks are: "classify" or "segment"."""
+        """What its tasks are: "classify", "segment" or "language"."""
         return kind_of_task(self.tasks[0].name, self.tasks[0])
 
     @property
     def metric(self) -> str:
-        """What is measured on its tasks: "accuracy" or "mIoU"."""
+        """What is measured on its tasks: "accuracy", "mIoU" or "bits saved"."""
         return METRICS[self.task_kind]
 
     @property
@@ -607,7 +620,7 @@ class Study(Settings):
         """Return the data section with a task's changes."""
         return _changed(self.data, self.task(task).data, f"task {task!r}: data")
 
-    def finetune_for(self, task: str) -> FinetuneSettings | SegmentSettings:
+    def finetune_for(self, task: str) -> FinetuneSettings | SegmentSettings | LanguageSettings:
         """Return the finetune section with a task's changes."""
         section = _changed(FINETUNE[self.task_kind](), self.finetune, "finetune")
         return _changed(section, self.task(task).finetune, f"task {task!r}: finetune")

@@ -1,43 +1,28 @@
-"""Pre-train the embedded backbone on procedural letters."""
+"""Pre-train a backbone on what is bundled: procedural letters, or text."""
 
 from __future__ import annotations
 
 import os
 
 import torch
-from torch.nn import functional as F
 
 from tocom import distributed
-from tocom.data import glyphs
 from tocom.jobs import PretrainJob
-from tocom.models import create, pick_device, save_model
+from tocom.models import create, family_of, pick_device, save_model
 from tocom.seeds import derive_seed
-from tocom.tasks.classify import predict
-from tocom.training import explained, fit, forget, make_deterministic, normalise, resume_path
-from tocom.vit import CompressedViT
-
-#: Seeds of the letters; the held-out ones are never trained on, by any stage.
-TRAIN_IMAGES_SEED, HELD_OUT_SEED = 0, 1
-
-
-def letters(n: int, held_out: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """Regenerate pre-training images [n, 3, 32, 32] uint8 and labels [n] int64."""
-    images, labels = glyphs.letters(n, HELD_OUT_SEED if held_out else TRAIN_IMAGES_SEED)
-    return torch.from_numpy(images), torch.from_numpy(labels)
-
-
-def accuracy(vit: CompressedViT, images: torch.Tensor, labels: torch.Tensor, batch_size: int = 250) -> float:
-    """Return the share of images [n, 3, H, W] uint8 that are classified as labelled."""
-    logits = predict(vit, images.to(next(vit.parameters()).device), batch_size)
-    return (logits.argmax(-1) == labels).double().mean().item()
+from tocom.stages.sources import SOURCES
+from tocom.training import explained, fit, forget, make_deterministic, resume_path
 
 
 @explained()
 def pretrain(job: PretrainJob, output: str | os.PathLike) -> dict:
-    """Train a timm ViT on letters and write it as a checkpoint; under torchrun, all processes train one model.
+    """Train a timm ViT on letters, or a language model on text, and write it as a checkpoint.
+
+    Under torchrun, all processes train one model.
 
     Returns:
-        The metadata: held-out accuracy at every degree of the job, off the shelf; best epoch, minutes.
+        The metadata: held-out ``accuracy``, or ``bits_saved``, at every degree of the job, off the shelf; ``figure``,
+        which of them; best epoch, minutes.
     """
     settings, kwargs = job.settings, job.kwargs
     make_deterministic(settings.threads, settings.deterministic)
@@ -45,33 +30,35 @@ def pretrain(job: PretrainJob, output: str | os.PathLike) -> dict:
     with distributed.processes(device):
         torch.manual_seed(derive_seed(job.seed, "initial weights"))
         model = create(job.architecture, kwargs | {"drop_path_rate": settings.drop_path}).to(device)
-        images, labels = letters(settings.images)
-        held_out = letters(settings.held_out, held_out=True)
+        family = family_of(model)
+        source, wrapped = SOURCES[family.reads], family(model, job.compressor)
+        items, wanted = source.draw(settings.images)
+        held_out = source.draw(settings.held_out, held_out=True)
 
         def step(indices):
-            logits = model(normalise(images[indices].to(device), model))
-            return F.cross_entropy(logits, labels[indices].to(device), label_smoothing=settings.label_smoothing)
+            return source.loss(wrapped, items[indices].to(device), wanted[indices].to(device), settings.label_smoothing)
 
-        vit = CompressedViT(model, job.compressor)
         record = fit(
             step,
             model,
-            len(images),
+            len(items),
             settings,
             job.seed,
-            lambda: (accuracy(vit, *held_out),),
+            lambda: (source.score(wrapped, *held_out),),
             f"pretrain seed {job.seed}",
             {"architecture": job.architecture, "kwargs": kwargs},
             resume_path(output),
         )
-        by_degree = {str(degree): accuracy(vit.set_degree(degree), *held_out) for degree in job.degrees}
+        trained = family(model, job.compressor)  # anew: a compressor may take what it needs from the weights
+        by_degree = {str(degree): source.score(trained.set_degree(degree), *held_out) for degree in job.degrees}
         metadata = {
             "seed": job.seed,
             "recipe": settings.recipe(),
             "best_epoch": record["best_epoch"],
             "losses": record["losses"],
-            "accuracy": by_degree,
-            "data": "glyph letters",
+            source.figure: by_degree,
+            "figure": source.figure,
+            "data": source.name,
             "minutes": round(record["seconds"] / 60, 1),
         }
         if distributed.is_main():
