@@ -1,8 +1,8 @@
 """The scores of a study's tasks: accuracy of classifiers, mIoU of segmenters, bits that language models save.
 
 A record is what a score needs to know of every test image: for accuracy whether it is right [images] bool, for mIoU
-its pixels by class [images, 3, classes], of a text's sequence its bits, bytes and bytes foretold [images, 3]. Records of
-several seeds are stacked as runs [seeds, images, ...].
+its pixels by class [images, 3, classes], of a sequence of text its bits, bytes and bytes foretold [images, 3]. Records
+of several seeds are stacked as runs [seeds, images, ...].
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ class BitsSaved(Metric):
     def row(self, record: NDArray) -> dict[str, float]:
         """Return n (bytes), correct (those that were the likeliest), accuracy and score of one record."""
         _, n, correct = record.sum(axis=0)
-        return {"n": int(n), "correct": int(correct), "accuracy": correct / n, "score": float(_saved(record).mean())}
+        return {"n": int(n), "correct": int(correct), "accuracy": float(correct / n), "score": float(_saved(record).mean())}
 
     def values(self, runs: NDArray) -> NDArray:
         """Return the share of bits saved in percent of every sequence [seeds, sequences]."""
