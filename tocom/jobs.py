@@ -302,12 +302,12 @@ class Plan:
     def pretrain(self, wildcards: Any) -> PretrainJob:
         """Return the job that pre-trains a backbone."""
         study, name = self.backbones[wildcards.store, wildcards.backbone], wildcards.backbone
-        entry, method = study.backbone(name), next(iter(study.methods.values()))
+        entry, (first, method) = study.backbone(name), next(iter(study.methods.items()))
         return PretrainJob(
             architecture=entry.architecture,
             kwargs=entry.kwargs,
             compressor=method.compressor.described(),
-            degrees=tuple(range(study.max_degree + 1)),
+            degrees=tuple(range(study.max_degree_of(first) + 1)),
             settings=study.pretrain,
         )
 
@@ -323,7 +323,7 @@ class Plan:
             compressor=method.compressor.described(),
             tuning=method.tuning.described(),
             checkpoints=study.batches(tuned)[wildcards.batch],
-            max_degree=study.max_degree,
+            max_degree=study.max_degree_of(tuned),
             task_kind=study.task_kind,
             settings=study.finetune_for(entry.name).recipe(),
             fine_tuned=None if method.tuning.part.trains_anything else entry.fine_tuned,
@@ -502,7 +502,7 @@ def _learn_job(study: Study, backbone: str, method: str, seed: int, role: str) -
     return LearnJob(
         compressor=chosen.compressor.described(),
         compensator=chosen.compensator.described() if role == "compensator" else None,
-        max_degree=study.max_degree,
+        max_degree=study.max_degree_of(method),
         seed=seed,
         settings=settings.model_copy(update={"source": source}),
         **({} if source is None else {"data_root": study.data.root}),  # where letters are learned on, it is no matter

@@ -133,11 +133,11 @@ def cells_of(study: Study) -> int:
 
 def passes(plan: Plan, sizes: Sizes) -> Iterator[Passes]:
     """Yield all passes of images through models."""
-    for (_, name), study in plan.backbones.items():
+    for (store, name), study in plan.backbones.items():
         if study.backbone(name).architecture:
             it, subject = study.pretrain, subject_of(study, name)
             yield Passes("pretrain", "fine-tuning", subject, it.precision, [0], it.images * it.epochs)
-            scored = [*[0] * it.epochs, *range(study.max_degree + 1)]
+            scored = [*[0] * it.epochs, *plan.pretrain(SimpleNamespace(store=store, backbone=name)).degrees]
             yield Passes("pretrain", "evaluation", subject, "fp32", scored, it.held_out * len(scored))
     for (store, name, _), job in plan.learned.items():
         subject, it = subject_of(plan.backbones[store, name], name, job.compressor), job.settings
@@ -177,10 +177,10 @@ def _learned_on(settings: LearnSettings, root: str) -> tuple[float, float]:
 def _of_task(study: Study, tuned: str, task: str, sizes: Mapping[str, float], subject: Subject) -> Iterator[Passes]:
     """Fine-tune, score validation images after every epoch, evaluate all cells, and carry gaps."""
     it, n, evaluate = study.finetune_for(task), len(study.seeds), study.evaluate
-    tuning = make_part("tuning", study.methods[tuned].tuning.described(), max_degree=study.max_degree)
+    tuning = make_part("tuning", study.methods[tuned].tuning.described(), max_degree=study.max_degree_of(tuned))
     for label in study.train_degrees_of(tuned):
         source, scored = source_degree(label), tuning.score_degrees(label)
-        trained = range(study.max_degree + 1) if source is None else [source]
+        trained = range(study.max_degree_of(tuned) + 1) if source is None else [source]
         if tuning.trains_anything:
             yield Passes("finetune", "fine-tuning", subject, it.precision, trained, n * _trained(sizes["train"], it))
         images = n * len(scored) * (it.epochs if tuning.trains_anything else 1) * sizes["val"]

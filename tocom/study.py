@@ -200,6 +200,7 @@ class Method(Settings):
         min_length=1,
         description="candidate scales of its compensator, which need not hold 0; null: those of evaluate",
     )
+    max_degree: Positive | None = Field(None, description="highest degree of its own; null: that of the study")
     train_degrees: tuple[Degree, ...] | None = Field(None, min_length=1, description="null: those of the study")
     infer_degrees: tuple[Degree, ...] | None = Field(None, min_length=1, description="null: those of the study")
     changes: dict[str, Any] = Field({}, description="made from `like`: what the entry changes")
@@ -443,16 +444,14 @@ class Study(Settings):
     def _degrees_fit(self) -> None:
         for name, method in self.methods.items():
             fixed = [d for d in map(source_degree, self.train_degrees_of(name)) if d is not None]
-            highest = max((*fixed, *self.infer_degrees_of(name)))
-            if highest > self.max_degree:
-                raise ValueError(
-                    f"degree {highest} is out of range: max_degree is {self.max_degree}; raise it or drop {highest}"
-                )
+            highest, most = max((*fixed, *self.infer_degrees_of(name))), self.max_degree_of(name)
+            if highest > most:
+                raise ValueError(f"degree {highest} is out of range: max_degree is {most}; raise it or drop {highest}")
             for backbone in self.backbones:
                 limit = method.compressor.part.highest(method.compressor.options, backbone.patches)
-                if self.max_degree > limit:
+                if most > limit:
                     raise ValueError(
-                        f"max_degree {self.max_degree} is out of range: {method.compressor.name} goes up to {limit}"
+                        f"max_degree {most} is out of range: {method.compressor.name} goes up to {limit}"
                         f" with {backbone.name}, which has {backbone.patches} patches"
                     )
         sizes = {backbone.image_size for backbone in self.backbones}
@@ -565,6 +564,10 @@ class Study(Settings):
         """Return a method's inference degrees."""
         return self.methods[method].infer_degrees or self.infer_degrees
 
+    def max_degree_of(self, method: str) -> int:
+        """Return the highest degree that a method's parts are learned for and its random degrees go to."""
+        return self.methods[method].max_degree or self.max_degree
+
     def tuned_as(self, method: str) -> str:
         """Return the first method with the same compressor (learned alike), tuning and train degrees.
 
@@ -581,7 +584,8 @@ class Study(Settings):
     def _tuned(self, name: str) -> tuple:
         method = self.methods[name]
         learned = method.compressor.part.learns(method.compressor.options) and self.learn_for(name)
-        return method.compressor.described(), learned, method.tuning.described(), self.train_degrees_of(name)
+        degrees = self.train_degrees_of(name), self.max_degree_of(name)
+        return method.compressor.described(), learned, method.tuning.described(), degrees
 
     def learns(self, method: str) -> bool:
         """Return whether a method has a part that is learned on the backbone, once for all tasks."""
@@ -669,7 +673,7 @@ class Study(Settings):
         settings = {
             "compressor": chosen.compressor.described(),
             "part": spec.described(),
-            "max_degree": self.max_degree,
+            "max_degree": self.max_degree_of(method),
             "recipe": recipe.recipe() | {"source": recipe.source or self.backbone(backbone).images},
         }
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -147,7 +147,12 @@ class BitsSaved(Metric):
     def row(self, record: NDArray) -> dict[str, float]:
         """Return n (bytes), correct (those that were the likeliest), accuracy and score of one record."""
         _, n, correct = record.sum(axis=0)
-        return {"n": int(n), "correct": int(correct), "accuracy": float(correct / n), "score": float(_saved(record).mean())}
+        return {
+            "n": int(n),
+            "correct": int(correct),
+            "accuracy": float(correct / n),
+            "score": float(_saved(record).mean()),
+        }
 
     def values(self, runs: NDArray) -> NDArray:
         """Return the share of bits saved in percent of every sequence [seeds, sequences]."""

@@ -15,6 +15,7 @@ PARTS: dict[str, dict[str, str]] = {
         "pitome": "tocom.methods.pitome:PiToMe",
         "tofu": "tocom.methods.tofu:ToFu",
         "diffrate": "tocom.methods.diffrate:DiffRate",
+        "beacon": "tocom.methods.beacon:Beacon",
         "lorc_lm": "tocom.methods.lorc_lm:LoRC",
     },
     "tuning": {
