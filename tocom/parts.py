@@ -376,6 +376,8 @@ class Compensator(Part):
 
     def check_fits(self, vit: Compressed) -> None:
         """Raise TocomError unless it was learned for such a model and compressor."""
+        if vit.reads not in self.reads:
+            raise TocomError(f"{self.title} is for models that read {' or '.join(self.reads)}, not {vit.reads}")
         have = vit.shape
         if self.shape and have[:2] != self.shape[:2]:
             raise TocomError(

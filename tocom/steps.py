@@ -2,14 +2,14 @@
 
 They hold a change for each step of one degree, i -> i+1 (or of several). The change from degree m to degree n sums the
 steps between them, with a minus sign when n < m: P(m->n) = -P(n->m) and P(m->k) + P(k->n) = P(m->n). All of it is named
-by parameters of the ViT, so it can be folded into them, after which the model costs exactly what it cost before.
+by parameters of the model, so it can be folded into them, after which the model costs exactly what it cost before.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from pydantic import Field
@@ -94,6 +94,7 @@ class StepCompensator(Compensator):
     """Changes for every step of the degree; a subclass says which (:meth:`low_rank`, :meth:`vectors`).
 
     Attributes:
+        blocks: the name of the list of blocks in a model.
         steps: as many as end at the highest degree, the last may reach beyond it.
 
     Raises:
@@ -101,6 +102,7 @@ class StepCompensator(Compensator):
     """
 
     Options = StepOptions
+    blocks: ClassVar[str] = "blocks"
 
     def __init__(self, options: StepOptions | None = None, shape: Shape | None = None, max_degree: int = 1):
         super().__init__(options, shape, max_degree)
@@ -126,7 +128,7 @@ class StepCompensator(Compensator):
     def check_fits(self, vit: Compressed) -> None:
         """Raise TocomError unless it was learned for such a model and compressor."""
         super().check_fits(vit)
-        if vit.model.blocks[0].attn.attn_dim != vit.model.embed_dim:
+        if vit.reads == "images" and vit.model.blocks[0].attn.attn_dim != vit.model.embed_dim:
             raise TocomError(f"the attention is not as wide as the backbone; {self.title} cannot be folded into it")
 
     # --- arithmetic -----------------------------------------------------------------------------------------
@@ -165,7 +167,7 @@ class StepCompensator(Compensator):
                 rows = dict(zip(updates.updated, update, strict=True))
                 nothing = torch.zeros_like(update[0])
                 change = torch.cat([rows.get(part, nothing) for part in range(updates.parts)])
-                result[f"blocks.{block}.{layer}.weight"] = change
+                result[f"{self.blocks}.{block}.{layer}.weight"] = change
         return result | {name: it.sum(coefficients[it.block]) for name, it in self.vectors().items()}
 
     # --- beside the frozen weights, while it is learned -------------------------------------------------------
@@ -185,7 +187,7 @@ class StepCompensator(Compensator):
         result = {}
         for layer in self.low_rank():
             for block in range(self.shape.depth):
-                result[f"blocks.{block}.{layer}"] = [partial(self._beside_linear, layer, block)]
+                result[f"{self.blocks}.{block}.{layer}"] = [partial(self._beside_linear, layer, block)]
         for module in dict.fromkeys(name.rpartition(".")[0] for name in self.vectors()):
             result.setdefault(module, []).append(partial(self._beside_vectors, module))
         return {module: partial(_in_turn, changes) for module, changes in result.items()}

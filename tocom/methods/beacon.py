@@ -100,7 +100,7 @@ class Beacon(TextCompressor):
     @torch.no_grad()
     def adapt(self, model: nn.Module) -> None:
         """Begin with the model's own projections, and the embedding of the token that ends (or begins) a text."""
-        if self.adapted:
+        if next(model.parameters()).is_meta or self.adapted:  # of a model without weights there is nothing to take
             return
         self.to(next(model.parameters()))
         for index, block in enumerate(model.model.layers):

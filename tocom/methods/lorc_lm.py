@@ -126,7 +126,7 @@ class LoRC(TextCompressor):
     @torch.no_grad()
     def adapt(self, model: nn.Module) -> None:
         """Take the bases and condition numbers of a model's projections."""
-        if self.adapted:
+        if next(model.parameters()).is_meta or self.adapted:  # of a model without weights there is nothing to take
             return
         reference = widen(next(model.parameters()))
         self.to(reference.device)
@@ -147,7 +147,7 @@ class LoRC(TextCompressor):
         degrees, full = counts(degree, depth), self.shape.keys
         if max(degrees) >= DEGREES:
             raise TocomError(f"degree {degree} is out of range: {self.title} goes up to {DEGREES - 1}")
-        if not isinstance(degree, int):
+        if not isinstance(degree, int) or degree == 0:
             return tuple(full - max(round((1 - each / DEGREES) * full), 1) for each in degrees)
         progressive = self.options.ranks == "progressive"
         ranks = allocate(self.conditions.tolist(), full, 1 - degree / DEGREES, progressive)

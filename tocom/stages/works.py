@@ -25,7 +25,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from tocom.data.scenes import IGNORED
-from tocom.methods import DEFAULTS
+from tocom.methods import COMPENSATORS, DEFAULTS
 from tocom.models import BUILDERS, compress, create
 from tocom.parts import Compensator, make_part
 from tocom.settings import BenchmarkSettings, FinetuneSettings, LearnSettings
@@ -58,6 +58,13 @@ class Subject:
             kwargs = self.kwargs
         model = create(self.architecture, kwargs).to(device)
         return compress(model, {"proportional_attention": self.proportional_attention}, self.compressor)
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of one of its images; a token of a text counts as a patch of 16 x 16."""
+        if self.architecture in BUILDERS:
+            return 16**2 * self.kwargs.get("max_position_embeddings", 2048)
+        return self.kwargs["img_size"] ** 2
 
     @property
     def parameters(self) -> int:
@@ -142,7 +149,7 @@ def _with_head(subject: Subject, vit: CompressedViT) -> nn.Module:
 
 def _compensator(vit: CompressedViT, max_degree: int) -> Compensator:
     """Return a compensator whose update is not zero, as a learned one's is."""
-    result = make_part("compensator", DEFAULTS["compensator"], vit.shape, max_degree)
+    result = make_part("compensator", COMPENSATORS[vit.reads], vit.shape, max_degree)
     for parameter in result.parameters():
         nn.init.normal_(parameter, std=0.01)
     return result
