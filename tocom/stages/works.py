@@ -61,9 +61,9 @@ class Subject:
 
     @property
     def pixels(self) -> int:
-        """Pixels of one of its images; a token of a text counts as a patch of 16 x 16."""
+        """Pixels of one of its images; a token of a text counts as a patch of 8 x 8."""
         if self.architecture in BUILDERS:
-            return 16**2 * self.kwargs.get("max_position_embeddings", 2048)
+            return 8**2 * self.kwargs.get("max_position_embeddings", 2048)
         return self.kwargs["img_size"] ** 2
 
     @property
