@@ -1,11 +1,16 @@
 """Language models: the forward pass is that of transformers, and every part for text keeps the contract's promises."""
 
+import re
+import subprocess
+import sys
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+import tocom
 from tests.small import build, refusal
 from tests.small_lm import KWARGS, build_lm, shake, tokens
 from tocom import CompressedLM, CompressedViT, gflops, load_model, make_part, save_model
@@ -13,6 +18,7 @@ from tocom.methods import PARTS
 from tocom.models import compress, create
 from tocom.parts import describe, part_class
 
+ROOT = Path(__file__).parents[1]
 #: Compressors for text, of which PLAIN is any.
 KINDS = [kind for kind in PARTS["compressor"] if "text" in part_class("compressor", kind).reads]
 PLAIN = KINDS[0]
@@ -149,3 +155,21 @@ def test_what_is_not_supported_is_refused_in_one_line():
     assert "degree -1 is out of range" in refusal(lm.set_degree, -1)
     assert lm.degree == 0
     assert make_part("compressor", PLAIN, lm.shape).reads == ("text",)
+
+
+@pytest.mark.parametrize("page", ["lorc_lm", "beacon"])
+def test_the_lines_of_a_page_run_as_they_stand_on_a_model_of_a_user(page, capsys):
+    text = (ROOT / "docs" / "methods" / f"{page}.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    model = of_transformers("Llama", max_position_embeddings=2048, vocab_size=61, bos_token_id=1, eos_token_id=2)
+    scope = {"tocom": tocom, "hf_model": model, "tokens": tokens(1, 1030, 61)}
+    exec(code, scope)
+    assert scope["logits"].shape == (1, 1030, 61)
+    assert not torch.equal(scope["logits"], model(scope["tokens"]).logits)
+    assert capsys.readouterr().out in ("524288 1048576\n", "")
+
+
+def test_nothing_but_a_language_model_imports_transformers():
+    code = "import sys, tocom.stages.finetune, tocom.stages.learn; print('transformers' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert result.stdout == "False\n"

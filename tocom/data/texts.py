@@ -112,10 +112,10 @@ def read(name: str) -> Text:
 def described(name: str) -> str:
     """Return what a corpus is, with its version and hash; of another text than the pinned one it says so."""
     corpus, text = CORPORA[name], read(name)
-    own = f"{corpus.what} {text.version}, {len(text.files)} files, SHA-256 {text.sha256[:16]}"
+    own = f"{corpus.what} {text.version}, {len(text.files)} files, SHA-256 {text.sha256}"
     if text.sha256 == corpus.sha256:
         return own
-    return f"{own}; NOT the pinned text (version {corpus.version}, SHA-256 {corpus.sha256[:16]}): figures differ"
+    return f"{own}; NOT the pinned text (version {corpus.version}, SHA-256 {corpus.sha256}): figures differ"
 
 
 def split_of(place: str) -> str:
