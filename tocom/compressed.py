@@ -5,7 +5,7 @@ One subclass a family of models: :mod:`tocom.vit`, :mod:`tocom.lm`.
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Self
 
 import torch
@@ -17,7 +17,7 @@ from tocom.folding import Folding, check_deltas
 from tocom.parts import Compensator, Compressor, Shape, make_part
 
 
-class Compressed(nn.Module):
+class Compressed(nn.Module, ABC):
     """A model that is compressed as it runs, at a degree that can be changed at any time.
 
     Args: see the subclasses.
