@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 from tests.small import refusal, steps_of, tune
 from tocom import CompressedViT, distributed
+from tocom.compressed import cost
 from tocom.parts import Shape, left_of, make_part
-from tocom.vit import cost
 
 KINDS = pytest.mark.parametrize("kind", ["topk", "quantise"])
 N = 40

@@ -5,12 +5,13 @@ import timm
 import torch
 from timm.models import vision_transformer as timm_vit
 
+from tocom.compressed import gflops
 from tocom.degrees import Inflected, token_counts
 from tocom.errors import TocomError
 from tocom.methods.evit import EViT
 from tocom.methods.tome import ToMe
 from tocom.parts import descending
-from tocom.vit import CompressedViT, gflops
+from tocom.vit import CompressedViT
 
 SUMMED, MEAN = ({"kind": "evit", "fuse": how} for how in ("sum", "mean"))
 UNPROTECTED, FUSION = {"kind": "pitome", "unprotected": "all"}, {"kind": "tofu", "pruning_blocks": 1}

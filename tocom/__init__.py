@@ -9,7 +9,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CompressedViT": "tocom.vit",
-    "gflops": "tocom.vit",
+    "CompressedLM": "tocom.lm",
+    "gflops": "tocom.compressed",
     "Compressor": "tocom.parts",
     "Tuning": "tocom.parts",
     "Compensator": "tocom.parts",

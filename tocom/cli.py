@@ -61,7 +61,7 @@ def prepare(job: JobArgument, output: Output, sets: Sets = None) -> None:
     sizes = {"train": it.data.train, "val": it.data.val, "test": it.data.test}
     options = {"source": it.source or None, "root": it.data.root, "decode_train": it.decode_train}
     about = stage(it.task, output, sizes, it.data.image_size or SIZE, resize=it.data.resize, **options)
-    say(f"{it.task}: {about['classes']} classes, {about['sizes']}")
+    say(f"{it.task}: {about['classes']} classes, {about['sizes']}, {about['source']}")
 
 
 @app.command()
@@ -78,7 +78,7 @@ def backbone(job: JobArgument, output: Output, sets: Sets = None) -> None:
 def pretrain(
     output: Output, job: JobArgument = "{}", sets: Sets = None, processes: Processes = 1, nodes: Nodes = 1
 ) -> None:
-    """Pre-train a backbone on procedural letters (the bundled one took this command)."""
+    """Pre-train a backbone on procedural letters (the bundled one took this command), or a language model on text."""
     from tocom.distributed import launch
     from tocom.jobs import PretrainJob, read_job
     from tocom.stages.pretrain import pretrain as stage
@@ -86,7 +86,8 @@ def pretrain(
     it = read_job(PretrainJob, job, sets or ())
     launch(processes, nodes, it.settings.device)
     about = stage(it, output)
-    say(f"held-out accuracy by degree: {about['accuracy']} after {about['minutes']:.1f} minutes")
+    figure = about["figure"]
+    say(f"held-out {figure.replace('_', ' ')} by degree: {about[figure]} after {about['minutes']:.1f} minutes")
 
 
 @app.command()

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from tocom.compressed import Compressed
 from tocom.parts import Compensator, Objective
-from tocom.vit import CompressedViT
 
 
 def draw_pair(
@@ -29,7 +29,8 @@ def draw_pair(
 
 
 def distillation_loss(teacher: Tensor, student: Tensor) -> Tensor:
-    """Return KL(teacher || student) of logits [B, classes] at temperature 1, averaged over images, in nats."""
+    """Return KL(teacher || student) of logits [B, ..., classes] at temperature 1 in nats: the mean over all of them."""
+    teacher, student = teacher.flatten(0, -2), student.flatten(0, -2)
     return F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
 
 
@@ -42,7 +43,7 @@ def feature_loss(teacher: Tensor, student: Tensor) -> Tensor:
 class _View(nn.Module):
     """A model whose results are those of a function of it."""
 
-    def __init__(self, vit: CompressedViT, view: Callable[[CompressedViT, Tensor], Any]):
+    def __init__(self, vit: Compressed, view: Callable[[Compressed, Tensor], Any]):
         super().__init__()
         self.vit, self.view = vit, view
 
@@ -61,7 +62,7 @@ class Distillation(Objective):
         source: the degree that the teacher always runs at; None: it is drawn, too.
     """
 
-    def __init__(self, teacher: CompressedViT, student: CompressedViT, compensator: Compensator, whole: bool = False):
+    def __init__(self, teacher: Compressed, student: Compressed, compensator: Compensator, whole: bool = False):
         super().__init__()
         self.teacher, self.student = teacher.eval().requires_grad_(False), student.requires_grad_(False)
         self.compensator, self.whole = compensator, whole
@@ -75,7 +76,7 @@ class Distillation(Objective):
         self.set((0, compensator.max_degree))
 
     @staticmethod
-    def view(vit: CompressedViT, images: Tensor) -> Any:
+    def view(vit: Compressed, images: Tensor) -> Any:
         """Return the results of a model that are compared."""
         return vit(images)
 
@@ -113,7 +114,7 @@ class Distillation(Objective):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the loss on images [B, 3, H, W]."""
+        """Return the loss on what the models take."""
         teacher, student = self._forward
         with torch.no_grad():
             expected = teacher(images)
@@ -132,8 +133,8 @@ class FeatureMatching(Distillation):
 
     def __init__(
         self,
-        teacher: CompressedViT,
-        student: CompressedViT,
+        teacher: Compressed,
+        student: Compressed,
         compensator: Compensator,
         whole: bool = False,
         feature: float = 1.0,
@@ -143,7 +144,7 @@ class FeatureMatching(Distillation):
         self.weights = feature, kl
 
     @staticmethod
-    def view(vit: CompressedViT, images: Tensor) -> tuple[Tensor, Tensor]:
+    def view(vit: Compressed, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return what is classified, and the logits."""
         return vit.pooled_and_logits(images)
 

@@ -142,7 +142,12 @@ def save_tensors(path: str | os.PathLike, tensors: dict, metadata: dict[str, Any
     """
     from safetensors.torch import save_file
 
-    _write(path, save_file, {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, metadata)
+    kept, places = {}, set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        kept[name] = tensor.clone() if tensor.data_ptr() in places else tensor  # tied weights, which it would refuse
+        places.add(tensor.data_ptr())
+    _write(path, save_file, kept, metadata)
 
 
 def _write(path: str | os.PathLike, save_file: Callable, tensors: dict, metadata: dict[str, Any] | None) -> None:

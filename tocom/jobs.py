@@ -9,12 +9,13 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from itertools import product
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
 
 from tocom.bundled import resolve
 from tocom.data.catalogue import owner_of, read_catalogue
+from tocom.data.listing import TaskKind
 from tocom.errors import TocomError
 from tocom.methods import DEFAULTS
 from tocom.parts import described
@@ -22,6 +23,7 @@ from tocom.settings import (
     AdaptSettings,
     EvaluateSettings,
     FinetuneSettings,
+    LanguageSettings,
     LearnSettings,
     PretrainSettings,
     SegmentSettings,
@@ -76,9 +78,9 @@ class ImportJob(Job):
 
 
 class PretrainJob(Job):
-    """Pre-train a backbone on procedural letters (the bundled one took this job)."""
+    """Pre-train a backbone on procedural letters (the bundled one took this job), or a language model on text."""
 
-    architecture: str = Field("vit_tiny_patch16_224", description="a timm ViT")
+    architecture: str = Field("vit_tiny_patch16_224", description="a timm ViT, or llama")
     kwargs: dict[str, Any] = Field({}, description="overrides of its arguments")
     compressor: PartSpec = Field(
         DEFAULTS["compressor"], description="what accuracy is reported with, and steps at random degrees run behind"
@@ -119,7 +121,7 @@ class FinetuneJob(Job):
         (Checkpoint("0", 0),), min_length=1, description="[train degree, seed] of each, such as [[8, 0], [random, 1]]"
     )
     max_degree: int = Field(0, ge=0, description="highest degree that a tuning may draw")
-    task_kind: Literal["classify", "segment"] = Field("classify", description="what the task is")
+    task_kind: TaskKind = Field("classify", description="what the task is")
     settings: dict[str, Any] = Field({}, description="see `tocom settings finetune`; those of the task's kind")
     fine_tuned: str | None = Field(None, description="tuning none: a model fine-tuned elsewhere; null: the backbone")
 
@@ -132,7 +134,7 @@ class FinetuneJob(Job):
         return self
 
     @property
-    def training(self) -> FinetuneSettings | SegmentSettings:
+    def training(self) -> FinetuneSettings | SegmentSettings | LanguageSettings:
         """The validated settings."""
         return FINETUNE[self.task_kind].model_validate(self.settings)
 
@@ -330,13 +332,13 @@ class Plan:
     def pretrain(self, wildcards: Any) -> PretrainJob:
         """Return the job that pre-trains a backbone."""
         study, name = self.backbones[wildcards.store, wildcards.backbone], wildcards.backbone
-        entry = study.backbone(name)
+        entry, highest = study.backbone(name), study.max_degree_of(next(iter(study.methods)))
         return PretrainJob(
             architecture=entry.architecture,
             kwargs=entry.kwargs,
             compressor=study.pretrained_behind.described(),
-            degrees=tuple(range(study.max_degree + 1)),
-            max_degree=study.max_degree,
+            degrees=tuple(range(highest + 1)),
+            max_degree=highest,
             settings=study.pretrain_for(name),
         )
 
@@ -352,7 +354,7 @@ class Plan:
             compressor=method.compressor.described(),
             tuning=method.tuning.described(),
             checkpoints=study.batches(tuned)[wildcards.batch],
-            max_degree=study.max_degree,
+            max_degree=study.max_degree_of(tuned),
             task_kind=study.task_kind,
             settings=study.finetune_for(entry.name, tuned).recipe(),
             fine_tuned=None if method.tuning.part.trains_anything else entry.fine_tuned,
@@ -564,7 +566,7 @@ def _learn_job(study: Study, backbone: str, method: str, seed: int, role: str) -
     return LearnJob(
         compressor=chosen.compressor.described(),
         compensator=chosen.compensator.described() if role == "compensator" else None,
-        max_degree=study.max_degree,
+        max_degree=study.max_degree_of(method),
         seed=seed,
         settings=settings.model_copy(update={"source": source}),
         **({} if source is None else {"data_root": study.data.root}),  # where letters are learned on, it is no matter

@@ -1,10 +1,11 @@
-"""Backbones and checkpoints: timm models in, safetensors out."""
+"""Backbones and checkpoints: models of timm and transformers in, safetensors out."""
 
 from __future__ import annotations
 
 import os
 import re
 import textwrap
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,16 @@ import torch
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
+from tocom import lm
 from tocom.bundled import resolve
+from tocom.compressed import Compressed
 from tocom.errors import TocomError, suggest
 from tocom.files import check_finite, digest, load_tensors, save_tensors
 from tocom.files import sha256 as sha256_of
 from tocom.folding import is_folded
 from tocom.gpus import claim
-from tocom.parts import Compressor, Shape, describe, is_head, make_part
-from tocom.vit import CompressedViT, check_supported
+from tocom.parts import Compressor, describe, is_head, make_part
+from tocom.vit import CompressedViT
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,10 @@ PAPER_BACKBONES = {
 }
 
 
+#: Families of models; the first that takes a model wraps it. What builds an architecture that is not timm's.
+FAMILIES: tuple[type[Compressed], ...] = (lm.CompressedLM, CompressedViT)
+BUILDERS: dict[str, Callable[[str, dict], nn.Module]] = dict.fromkeys(lm.ARCHITECTURES, lm.build)
+
 #: Prefixes of the parameters that are saved beside those of a timm ViT.
 BESIDE = ("compressor", "decoder")
 
@@ -73,11 +80,13 @@ def default_proportional_attention(architecture: str) -> bool:
 
 
 def create(architecture: str, kwargs: dict[str, Any] | None = None, pretrained: bool = False) -> nn.Module:
-    """Build a timm model by name, with overrides of its constructor's arguments.
+    """Build a model by name: one of :data:`BUILDERS`, or of timm with overrides of its constructor's arguments.
 
     Raises:
-        TocomError: timm has no such model, refuses an argument, or cannot fetch the weights.
+        TocomError: there is no such model, it refuses an argument, or its weights cannot be fetched.
     """
+    if architecture in BUILDERS:
+        return BUILDERS[architecture](architecture, kwargs or {})
     _check_name(architecture)
     try:
         return timm.create_model(architecture, pretrained=pretrained, **(kwargs or {}))
@@ -85,9 +94,14 @@ def create(architecture: str, kwargs: dict[str, Any] | None = None, pretrained: 
         raise TocomError(f"timm could not build {architecture!r}: {_first_line(error)}") from error
 
 
+def family_of(model: nn.Module) -> type[Compressed]:
+    """Return the class that puts a compressor into a model."""
+    return next(family for family in FAMILIES if family.takes(model))
+
+
 def _check_name(architecture: str) -> None:
     if not timm.is_model(architecture.split(".")[0]):
-        names = timm.list_models("*vit*") + timm.list_models("deit*")
+        names = [*timm.list_models("*vit*"), *timm.list_models("deit*"), *BUILDERS]
         raise TocomError(f"timm has no model {architecture!r}{suggest(architecture, names)}; see `tocom models`")
 
 
@@ -169,7 +183,7 @@ def load_model(checkpoint: str | os.PathLike, num_classes: int | None = None, **
         model.load_state_dict(own)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise TocomError(f"{path} does not fit {meta['architecture']!r} as this timm builds it: {reason}") from None
+        raise TocomError(f"{path} does not fit {meta['architecture']!r} as it is built here: {reason}") from None
     if num_classes is not None:
         model.reset_classifier(num_classes)
         for head in (model.head, getattr(model, "head_dist", None)):
@@ -191,18 +205,18 @@ def _separated(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str,
     return own, beside
 
 
-def compress(model: nn.Module, about: dict, compressor: str | dict | Compressor, degree: int = 0) -> CompressedViT:
+def compress(model: nn.Module, about: dict, compressor: str | dict | Compressor, degree: int = 0) -> Compressed:
     """Wrap a loaded model as its checkpoint's metadata say it is to be run, its compressor's state loaded.
 
     A model that was trained behind a compressor of another kind, at degree 0, has no state for this one.
     """
-    check_supported(model)
-    part = make_part("compressor", compressor, Shape.of(model), about.get("max_degree", 0))
+    family = family_of(model)
+    part = make_part("compressor", compressor, family.shape_of(model), about.get("max_degree", 0))
     state = about.get("beside", {}).get("compressor")
     if state and about.get("compressor", {}).get("kind") in (None, describe(part)["kind"]):
         part.load_state_dict(state)  # before it sees the model, which may have been fine-tuned since
     part.to(next(model.parameters()).device)
-    return CompressedViT(model, part, degree, about.get("proportional_attention", True))
+    return family(model, part, degree, **family.how(about))
 
 
 # --- foreign weights ------------------------------------------------------------------------------------------------
@@ -312,18 +326,16 @@ def load_fine_tuned(
         kwargs = {key: value for key, value in described["kwargs"].items() if key != "num_classes"}
         model, hashed = _build(path, described["architecture"], kwargs, None, None, False)
         own = {"architecture": described["architecture"], "kwargs": kwargs | {"num_classes": model.num_classes}}
-    shapes = [
-        (len(vit.blocks), vit.embed_dim, *vit.patch_embed.patch_size, *vit.patch_embed.img_size)
-        for vit in (model, reference)
-    ]
+    shapes = [family_of(it).geometry(it) for it in (model, reference)]
     if shapes[0] != shapes[1]:
         raise TocomError(
             f"{path} is no fine-tuned {backbone}: blocks, width, patch and input size are {shapes[0]}, not {shapes[1]};"
             " name the backbone that it was fine-tuned from"
         )
-    if num_classes is not None and model.num_classes != num_classes:
+    classes = family_of(model).outputs(model)
+    if num_classes is not None and classes != num_classes:
         raise TocomError(
-            f"{path} has a classifier for {model.num_classes} classes, the task has {num_classes};"
+            f"{path} has a classifier for {classes} classes, the task has {num_classes};"
             " name the model that was fine-tuned for this task"
         )
     for key in ("tuning", "beside"):
@@ -355,7 +367,7 @@ def _check_origin(path: Path, own: dict, backbone: dict, train_degree: str | Non
 
 def check_classifier(model: nn.Module, name: str | os.PathLike) -> None:
     """Raise TocomError unless a model has a classifier: distillation compares logits (method: KL of two outputs)."""
-    if not model.num_classes:
+    if not family_of(model).outputs(model):
         raise TocomError(
             f"{name} has no classifier, so there are no logits to distil; import weights with one"
             " (for MAE: those fine-tuned on ImageNet-1k)"

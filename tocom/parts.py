@@ -26,17 +26,23 @@ from tocom.methods import PARTS
 from tocom.settings import DegreeSettings, Settings, explain
 
 if TYPE_CHECKING:
-    from tocom.vit import CompressedViT
+    from tocom.compressed import Compressed
 
 
 class Shape(NamedTuple):
-    """What a part may need to know of a ViT: blocks, width, attention heads, tokens, and how many are no patches."""
+    """What a part may need to know of a model: blocks, width, attention heads, tokens, and how many are no patches.
+
+    Of a language model also the width of all queries, of all keys (as of all values), and of the MLP's inside.
+    """
 
     depth: int
     dim: int
     heads: int
     tokens: int
     prefix: int
+    queries: int = 0
+    keys: int = 0
+    hidden: int = 0
 
     @classmethod
     def of(cls, model: nn.Module) -> Self:
@@ -52,6 +58,7 @@ class Part(nn.Module):
     Attributes:
         Options: its options; a class of settings.
         title: what tables call it. reference: the paper. trains, needs: what `tocom methods` says of it.
+        reads: what the models read that it is for: "images", "text".
         options, shape: what it was built with.
     """
 
@@ -61,6 +68,7 @@ class Part(nn.Module):
     reference: ClassVar[str] = ""
     trains: ClassVar[str] = "nothing"
     needs: ClassVar[str] = "nothing"
+    reads: ClassVar[tuple[str, ...]] = ("images",)
 
     def __init__(self, options: Settings | None = None, shape: Shape | None = None, max_degree: int = 0):
         super().__init__()
@@ -78,7 +86,7 @@ class Part(nn.Module):
         """Return whether it is learned on the backbone before it can be used."""
         return False
 
-    def objective(self, teacher: CompressedViT, student: CompressedViT, whole: bool) -> Objective:
+    def objective(self, teacher: Compressed, student: Compressed, whole: bool) -> Objective:
         """Return what is minimised, over this part's parameters alone, to learn it on a frozen backbone.
 
         Args:
@@ -93,7 +101,7 @@ class Part(nn.Module):
 
 
 class Objective(nn.Module):
-    """A loss on images with something to draw for every step, such as a pair of degrees."""
+    """A loss on images, or on text, with something to draw for every step, such as a pair of degrees."""
 
     def draw(self, generator: torch.Generator | None = None) -> Any:
         """Draw what one step, or one held-out trial, is about."""
@@ -107,7 +115,7 @@ class Objective(nn.Module):
         return self
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the mean loss on normalised images [B, 3, H, W]."""
+        """Return the mean loss on what models take: normalised images [B, 3, H, W], or tokens [B, T]."""
         raise NotImplementedError
 
     def held_out(self, images: Tensor) -> Tensor:
@@ -182,16 +190,16 @@ class Compressor(Part):
         return patches // 2
 
     def fit_to(self, model: nn.Module) -> None:
-        """Take what it has to know of the timm ViT behind it.
+        """Take what it has to know of the model behind it.
 
-        Called by every :class:`tocom.vit.CompressedViT`, before its first degree. What is to stay that of the
+        Called by every :class:`tocom.compressed.Compressed`, before its first degree. What is to stay that of the
         pre-trained weights belongs into buffers, which checkpoints hold, and must not be taken from a second model.
         """
 
     def cost(self, degree: Degree) -> float | None:
-        """Return how much of what it saves one image takes, at the model's own input size.
+        """Return how much of what it saves one input takes, at the model's own input size.
 
-        None stands for GFLOPs, which are counted on a model; see :func:`tocom.vit.cost`.
+        None stands for GFLOPs, which are counted on a model; see :func:`tocom.compressed.cost`.
         """
         return None
 
@@ -351,7 +359,7 @@ class Tuning(Part):
     def finish(self, model: nn.Module) -> None:
         """Merge what can be merged once training is over, so that the model costs what it cost before."""
 
-    def begin(self, vit: CompressedViT) -> None:
+    def begin(self, vit: Compressed) -> None:
         """Set the degree of the next step; called with the same random state in all processes."""
         if self.options.degree == "random":
             vit.set_degree(draw_degree(self.options, self.max_degree))
@@ -393,7 +401,7 @@ def train_heads(model: nn.Module) -> bool:
 class Compensator(Part):
     """Changes of weights that take a model trained at one degree to another.
 
-    It names parameters of a timm ViT; whoever folds them (:mod:`tocom.folding`) knows nothing else of it.
+    It names parameters of the model; whoever folds them (:mod:`tocom.folding`) knows nothing else of it.
 
     Attributes:
         compressor: what it was learned for: the compressor's name and options.
@@ -446,9 +454,11 @@ class Compensator(Part):
         """
         return {}
 
-    def check_fits(self, vit: CompressedViT) -> None:
+    def check_fits(self, vit: Compressed) -> None:
         """Raise TocomError unless it was learned for such a model and compressor."""
-        have = Shape.of(vit.model)
+        if vit.reads not in self.reads:
+            raise TocomError(f"{self.title} is for models that read {' or '.join(self.reads)}, not {vit.reads}")
+        have = vit.shape
         if self.shape and have[:2] != self.shape[:2]:
             raise TocomError(
                 f"this compensator fits a backbone of {self.shape.depth} blocks and width {self.shape.dim},"

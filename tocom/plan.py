@@ -21,6 +21,7 @@ from tocom.cli_common import say, table
 from tocom.data.catalogue import read_catalogue, size_text
 from tocom.data.listing import SPLITS
 from tocom.data.registry import DEFAULT_VAL, GENERATED, TASKS, listing_of, pretraining_files
+from tocom.data.texts import CONTEXT
 from tocom.errors import TocomError
 from tocom.files import load_arrays
 from tocom.jobs import Plan
@@ -136,12 +137,13 @@ def cells_of(study: Study) -> int:
 
 def passes(plan: Plan, sizes: Sizes) -> Iterator[Passes]:
     """Yield all passes of images through models."""
-    for (_, name), study in plan.backbones.items():
+    for (store, name), study in plan.backbones.items():
         if study.backbone(name).architecture:
-            it, subject, highest = study.pretrain_for(name), subject_of(study, name), study.max_degree
+            job = plan.pretrain(SimpleNamespace(store=store, backbone=name))
+            it, subject, highest = job.settings, subject_of(study, name), job.max_degree
             drawn, each = (it.drawn(highest), it.scored(highest)) if it.degree == "random" else ([0], [0])
             yield Passes("pretrain", "fine-tuning", subject, it.precision, drawn, it.images * it.epochs)
-            scored = [*each] * it.epochs + [*range(highest + 1)]
+            scored = [*each] * it.epochs + [*job.degrees]
             yield Passes("pretrain", "evaluation", subject, "fp32", scored, it.held_out * len(scored))
     for (store, name, _), job in plan.learned.items():
         subject, it = subject_of(plan.backbones[store, name], name, job.compressor), job.settings
@@ -181,10 +183,11 @@ def _learned_on(settings: LearnSettings, root: str) -> tuple[float, float]:
 def _of_task(study: Study, tuned: str, task: str, sizes: Mapping[str, float], subject: Subject) -> Iterator[Passes]:
     """Fine-tune, score validation images after every epoch, evaluate all cells, and carry gaps."""
     it, n, evaluate = study.finetune_for(task, tuned), len(study.seeds_of(tuned)), study.evaluate
-    tuning = make_part("tuning", study.methods[tuned].tuning.described(), max_degree=study.max_degree)
+    highest = study.max_degree_of(tuned)
+    tuning = make_part("tuning", study.methods[tuned].tuning.described(), max_degree=highest)
     for label in study.train_degrees_of(tuned):
         source, scored = source_degree(label), tuning.score_degrees(label)
-        trained = tuning.options.drawn(study.max_degree) if source is None else [source]
+        trained = tuning.options.drawn(highest) if source is None else [source]
         if tuning.trains_anything:
             yield Passes("finetune", "fine-tuning", subject, it.precision, trained, n * _trained(sizes["train"], it))
         images = n * len(scored) * (it.epochs if tuning.trains_anything else 1) * sizes["val"]
@@ -231,7 +234,8 @@ def subject_of(study: Study, name: str, compressor: object = None, segments: boo
         attention = about.get("proportional_attention", True)
     attention = default_proportional_attention(architecture) if attention is None else attention
     kwargs = {key: value for key, value in kwargs.items() if key != "num_classes" or value}
-    kwargs["img_size"] = study.image_size_for(task) if segments else entry.image_size
+    if study.task_kind != "language":
+        kwargs["img_size"] = study.image_size_for(task) if segments else entry.image_size
     compressor = compressor or next(iter(study.methods.values())).compressor.described()
     head = (study.finetune_for(task, study.tuned[0]).head, _classes(study, task)) if segments else None
     return Subject(architecture, kwargs, compressor, attention, head)
@@ -252,13 +256,15 @@ def disk(plan: Plan, sizes: Sizes) -> dict[str, list[float]]:
     for study in plan.studies.values():
         segments = study.task_kind == "segment"
         for task in study.task_names:
-            images, kept, channels = sizes[study.study, task], SPLITS, 3
-            if segments:  # one byte a label; images that are files stay what they are
-                kept, channels = SPLITS if task in TASKS else (), 4
+            images, kept, channels, each = sizes[study.study, task], SPLITS, 3, 2
+            size = study.image_size_for(task) ** 2
+            if study.task_kind == "language":  # bytes; of each sequence its bits, bytes and bytes foretold
+                size, channels, each = CONTEXT, 1, 16
+            elif segments:  # one byte a label; images that are files stay what they are
+                kept, channels, each = SPLITS if task in TASKS else (), 4, 3 * 4 * _classes(study, task)
             elif not plan.prepare(SimpleNamespace(study=study.study, task=task)).decode_train:
                 kept = SPLITS[1:]
-            found["prepared tasks"].append(channels * study.image_size_for(task) ** 2 * sum(images[s] for s in kept))
-            each = 3 * 4 * _classes(study, task) if segments else 2
+            found["prepared tasks"].append(channels * size * sum(images[s] for s in kept))
             found["predictions"].append(cells_of(study) / len(study.tasks) * images["test"] * each)
         for backbone in study.backbones:
             weights = subject_of(study, backbone.name, segments=segments).parameters
@@ -288,7 +294,7 @@ def measured(found: Iterable[Passes], device) -> Rates:
     for item in found:
         alike.setdefault(item.key, (item, set()))[1].update(item.degrees)
     for key, (item, degrees) in bar(alike.items(), "measure"):
-        size = max(1, BATCHES[device.type] * 224**2 // item.subject.kwargs["img_size"] ** 2)
+        size = max(1, BATCHES[device.type] * 224**2 // item.subject.pixels)
         settings = BenchmarkSettings(batch_size=size, repeats=3, warmup=1, precision=item.precision)
         times = round_seconds(item.subject, item.work, sorted({min(degrees), max(degrees)}), settings, device)
         if not times:
@@ -309,11 +315,12 @@ def read_rates(path: Path, found: Iterable[Passes]) -> tuple[Rates, str]:
     rows, rates = rows[rows["status"] == MEASURED], {}
     for item in found:
         kwargs, name = item.subject.kwargs, item.subject.architecture.partition(".")[0]
-        alike = (rows["backbone"].str.split(".").str[0] == name) & (rows["image_size"] == kwargs["img_size"])
+        side = kwargs.get("img_size", 0)
+        alike = (rows["backbone"].str.split(".").str[0] == name) & (rows["image_size"] == side)
         those = rows[alike & (rows["stage"] == item.work)]
         if those.empty or not kwargs.keys() <= {"img_size", "num_classes"}:
             raise TocomError(
-                f"{path} has no figures of {item.work} of {name} at {kwargs['img_size']} pixels; measure them there"
+                f"{path} has no figures of {item.work} of {name} at {side} pixels; measure them there"
                 " (`tocom benchmark`), or leave --rates out"
             )
         rates[item.key] = dict(zip(those["degree"], 1 / those["images_per_second"], strict=True))

@@ -180,7 +180,7 @@ class Augmentation(Settings):
 
 
 class PretrainSettings(DegreeSettings, Optimisation):
-    """How the embedded backbone is made from procedural letters."""
+    """How a backbone is made from procedural letters, or a language model from bundled text."""
 
     degree: Literal["fixed", "random"] = Field(
         "fixed",
@@ -194,8 +194,8 @@ class PretrainSettings(DegreeSettings, Optimisation):
     warmup_epochs: Natural = 1
     threads: Positive = 2
     label_smoothing: Fraction = Field(0.1, description="label smoothing of the cross-entropy")
-    images: Positive = Field(40_000, description="pre-training images to generate")
-    held_out: Positive = Field(2_000, description="images for the accuracies on the model card")
+    images: Positive = Field(40_000, description="pre-training images to generate, or sequences of text")
+    held_out: Positive = Field(2_000, description="further ones, for the figures on the model card")
 
 
 class FinetuneSettings(Augmentation, Optimisation):
@@ -226,6 +226,13 @@ class SegmentSettings(Optimisation):
         if self.min_scale > self.max_scale:
             raise ValueError(f"min_scale {self.min_scale} is above max_scale {self.max_scale}; swap them")
         return self
+
+
+class LanguageSettings(Optimisation):
+    """How a language model is fine-tuned on a text at one train degree."""
+
+    batch_size: Positive = Field(8, description="sequences a step, over all processes")
+    lr: float = Field(1e-3, gt=0)
 
 
 class LearnSettings(Augmentation, Optimisation):
@@ -368,6 +375,7 @@ STAGES: dict[str, type[Settings]] = {
     "learn": LearnSettings,
     "finetune": FinetuneSettings,
     "finetune.segment": SegmentSettings,
+    "finetune.language": LanguageSettings,
     "adapt": AdaptSettings,
     "evaluate": EvaluateSettings,
     "throughput": ThroughputSettings,

@@ -2,24 +2,24 @@
 
 They hold a change for each step of one degree, i -> i+1 (or of several). The change from degree m to degree n sums the
 steps between them, with a minus sign when n < m: P(m->n) = -P(n->m) and P(m->k) + P(k->n) = P(m->n). All of it is named
-by parameters of the ViT, so it can be folded into them, after which the model costs exactly what it cost before.
+by parameters of the model, so it can be folded into them, after which the model costs exactly what it cost before.
 """
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from tocom.compressed import Compressed
 from tocom.degrees import Degree, counts
 from tocom.distillation import Distillation
 from tocom.errors import TocomError
 from tocom.folding import check_deltas
 from tocom.parts import Compensator, Shape
 from tocom.settings import Positive, Settings
-from tocom.vit import CompressedViT
 
 #: The three equal parts of a fused qkv weight, in their order there.
 QKV = ("q", "k", "v")
@@ -115,6 +115,7 @@ class StepCompensator(Compensator):
     """Changes for every step of the degree; a subclass says which (:meth:`linear`, :meth:`vectors`).
 
     Attributes:
+        blocks: the name of the list of blocks in a model.
         step: degrees that one of them spans. steps: as many as end at the highest degree, the last may reach beyond it.
 
     Raises:
@@ -122,6 +123,7 @@ class StepCompensator(Compensator):
     """
 
     Options = StepOptions
+    blocks: ClassVar[str] = "blocks"
 
     def __init__(self, options: StepOptions | None = None, shape: Shape | None = None, max_degree: int = 1):
         super().__init__(options, shape, max_degree)
@@ -154,10 +156,10 @@ class StepCompensator(Compensator):
         """While it is learned, pairs of degrees are drawn in proportion to their distance to this power."""
         return self.options.need
 
-    def check_fits(self, vit: CompressedViT) -> None:
+    def check_fits(self, vit: Compressed) -> None:
         """Raise TocomError unless it was learned for such a model and compressor."""
         super().check_fits(vit)
-        if vit.model.blocks[0].attn.attn_dim != vit.model.embed_dim:
+        if vit.reads == "images" and vit.model.blocks[0].attn.attn_dim != vit.model.embed_dim:
             raise TocomError(f"the attention is not as wide as the backbone; {self.title} cannot be folded into it")
 
     # --- arithmetic -----------------------------------------------------------------------------------------
@@ -200,7 +202,7 @@ class StepCompensator(Compensator):
                 rows = dict(zip(updates.updated, update, strict=True))
                 nothing = torch.zeros_like(update[0])
                 change = torch.cat([rows.get(part, nothing) for part in range(updates.parts)])
-                result[f"blocks.{block}.{layer}.weight"] = change
+                result[f"{self.blocks}.{block}.{layer}.weight"] = change
         return result | {name: it.sum(coefficients[it.block], steps) for name, it in self.vectors().items()}
 
     # --- while it is learned --------------------------------------------------------------------------------
@@ -225,7 +227,7 @@ class StepCompensator(Compensator):
         coefficients, first = self._between
         return self.trained_scale * coefficients, slice(first, first + len(coefficients))
 
-    def check_parameters(self, student: CompressedViT) -> None:
+    def check_parameters(self, student: Compressed) -> None:
         """Raise TocomError unless a model has all parameters that are changed, in their shapes."""
         self.check_fits(student)
         try:
@@ -234,7 +236,7 @@ class StepCompensator(Compensator):
             reason = str(error).rpartition(";")[0]
             raise TocomError(f"{reason}; set the options of {self.title} to what the model has") from None
 
-    def objective(self, teacher: CompressedViT, student: CompressedViT, whole: bool) -> Distillation:
+    def objective(self, teacher: Compressed, student: Compressed, whole: bool) -> Distillation:
         """Distil between two degrees that are drawn for every step."""
         self.check_parameters(student)
         return Distillation(teacher, student, self, whole)

@@ -32,6 +32,7 @@ from tocom.settings import (
     DegreeSettings,
     EvaluateSettings,
     FinetuneSettings,
+    LanguageSettings,
     LearnSettings,
     Positive,
     PretrainSettings,
@@ -50,8 +51,12 @@ Degree = Annotated[int, Field(ge=0)]
 #: Tables in the paper's form; see tocom.analysis.paper.
 PaperTable = Literal["degrees", "backbones", "methods", "speedup", "ablation", "transfer", "segmentation"]
 #: Kind of a task -> the settings of its fine-tuning, and what is measured on it.
-FINETUNE: dict[str, type[Settings]] = {"classify": FinetuneSettings, "segment": SegmentSettings}
-METRICS = {"classify": "accuracy", "segment": "mIoU"}
+FINETUNE: dict[str, type[Settings]] = {
+    "classify": FinetuneSettings,
+    "segment": SegmentSettings,
+    "language": LanguageSettings,
+}
+METRICS = {"classify": "accuracy", "segment": "mIoU", "language": "bits saved"}
 
 
 # --- what is studied --------------------------------------------------------------------------------------------------
@@ -67,9 +72,13 @@ class Backbone(Settings):
     weights: str | None = Field(None, description="timm: file with its weights (.safetensors, .pth, .npz), no download")
     sha256: str | None = Field(None, description="timm: what the file of weights must hash to; null: not checked")
     num_classes: Positive | None = Field(None, description="timm: classes of the weights' classifier, if not timm's")
-    architecture: str | None = Field(None, description="timm model to pre-train on letters in the workflow")
+    architecture: str | None = Field(
+        None, description="timm model to pre-train on letters in the workflow, or llama on text"
+    )
     pretrain: dict[str, Any] = Field({}, description="architecture: changes of the study's pretrain section for it")
-    kwargs: dict[str, Any] = Field({}, description="overrides of the timm model's arguments")
+    kwargs: dict[str, Any] = Field(
+        {}, description="overrides of the timm model's arguments; of llama, the arguments of its config"
+    )
     image_size: Positive = Field(32, description="side of the images it takes, in pixels")
     patch_size: Positive = Field(4, description="side of its patches, in pixels")
     proportional_attention: bool | None = Field(
@@ -205,6 +214,7 @@ class Method(Settings):
     seeds: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         None, min_length=1, description="null: those of the study"
     )
+    max_degree: Positive | None = Field(None, description="highest degree of its own; null: that of the study")
     train_degrees: tuple[Degree, ...] | None = Field(None, min_length=1, description="null: those of the study")
     infer_degrees: tuple[Degree, ...] | None = Field(None, min_length=1, description="null: those of the study")
     changes: dict[str, Any] = Field({}, description="made from `like`: what the entry changes")
@@ -451,17 +461,15 @@ class Study(Settings):
     def _degrees_fit(self) -> None:
         for name, method in self.methods.items():
             fixed = [d for d in map(source_degree, self.train_degrees_of(name)) if d is not None]
-            highest = max((*fixed, *self.infer_degrees_of(name)))
-            if highest > self.max_degree:
-                raise ValueError(
-                    f"degree {highest} is out of range: max_degree is {self.max_degree}; raise it or drop {highest}"
-                )
-            _check_drawn(method.tuning.options, self.max_degree, f"method {name!r}")
+            highest, most = max((*fixed, *self.infer_degrees_of(name))), self.max_degree_of(name)
+            if highest > most:
+                raise ValueError(f"degree {highest} is out of range: max_degree is {most}; raise it or drop {highest}")
+            _check_drawn(method.tuning.options, most, f"method {name!r}")
             for backbone in self.backbones:
                 limit = method.compressor.part.highest(method.compressor.options, backbone.patches)
-                if self.max_degree > limit:
+                if most > limit:
                     raise ValueError(
-                        f"max_degree {self.max_degree} is out of range: {method.compressor.name} goes up to {limit}"
+                        f"max_degree {most} is out of range: {method.compressor.name} goes up to {limit}"
                         f" with {backbone.name}, which has {backbone.patches} patches"
                     )
         for backbone in self.backbones:
@@ -487,6 +495,10 @@ class Study(Settings):
                 raise ValueError(
                     f"method {name!r}: {method.compressor.name} takes patches away that segmentation needs"
                 )
+            reads = "text" if self.task_kind == "language" else "images"
+            for spec in filter(None, (method.compressor, method.tuning, method.compensator)):
+                if reads not in spec.part.reads:
+                    raise ValueError(f"method {name!r}: {spec.name} is not for models that read {reads}")
             self.learn_for(name)
             self.adapt_for(name)
             added = method.compensator
@@ -536,7 +548,7 @@ class Study(Settings):
                 raise ValueError(f"task {task.name!r}: fine_tuned goes with a method that has tuning: none")
 
     def _tables_can_be_made(self) -> None:
-        if self.transfer and (self.task_kind == "segment" or len(self.train_degrees) < 2):
+        if self.transfer and (self.task_kind != "classify" or len(self.train_degrees) < 2):
             raise ValueError("transfer needs tasks to classify, and two train degrees")
         if self.paper == "transfer" and not self.transfer:
             raise ValueError("paper: transfer needs transfer: true")
@@ -556,12 +568,12 @@ class Study(Settings):
 
     @property
     def task_kind(self) -> str:
-        """What its tasks are: "classify" or "segment"."""
+        """What its tasks are: "classify", "segment" or "language"."""
         return kind_of_task(self.tasks[0].name, self.tasks[0])
 
     @property
     def metric(self) -> str:
-        """What is measured on its tasks: "accuracy" or "mIoU"."""
+        """What is measured on its tasks: "accuracy", "mIoU" or "bits saved"."""
         return METRICS[self.task_kind]
 
     @property
@@ -588,6 +600,10 @@ class Study(Settings):
         """Return a method's inference degrees."""
         return self.methods[method].infer_degrees or self.infer_degrees
 
+    def max_degree_of(self, method: str) -> int:
+        """Return the highest degree that a method's parts are learned for and its random degrees go to."""
+        return self.methods[method].max_degree or self.max_degree
+
     def tuned_as(self, method: str) -> str:
         """Return the first method with the same compressor (learned alike), tuning and train degrees.
 
@@ -604,8 +620,8 @@ class Study(Settings):
     def _tuned(self, name: str) -> tuple:
         method = self.methods[name]
         learned = method.compressor.part.learns(method.compressor.options) and self.learn_for(name)
-        tuned = method.tuning.described(), method.finetune, self.train_degrees_of(name), self.seeds_of(name)
-        return method.compressor.described(), learned, *tuned
+        degrees = self.train_degrees_of(name), self.max_degree_of(name), self.seeds_of(name)
+        return method.compressor.described(), learned, method.tuning.described(), method.finetune, degrees
 
     def learns(self, method: str) -> bool:
         """Return whether a method has a part that is learned on the backbone, once for all tasks."""
@@ -644,7 +660,7 @@ class Study(Settings):
         """Return the data section with a task's changes."""
         return _changed(self.data, self.task(task).data, f"task {task!r}: data")
 
-    def finetune_for(self, task: str, method: str) -> FinetuneSettings | SegmentSettings:
+    def finetune_for(self, task: str, method: str) -> FinetuneSettings | SegmentSettings | LanguageSettings:
         """Return the finetune section with a task's changes, and with a method's."""
         section = _changed(FINETUNE[self.task_kind](), self.finetune, "finetune")
         section = _changed(section, self.task(task).finetune, f"task {task!r}: finetune")
@@ -723,7 +739,7 @@ class Study(Settings):
         settings = {
             "compressor": chosen.compressor.described(),
             "part": spec.described(),
-            "max_degree": self.max_degree,
+            "max_degree": self.max_degree_of(method),
             "recipe": recipe.recipe() | {"source": recipe.source or self.backbone(backbone).images},
         }
         digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

@@ -12,16 +12,17 @@ from timm.models.deit import VisionTransformerDistilled
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from tocom.compressed import Compressed
 from tocom.degrees import Degree
 from tocom.errors import TocomError
-from tocom.folding import Folding, check_deltas
 from tocom.methods import DEFAULTS
-from tocom.parts import Attention, Compensator, Compressor, Shape, Tokens, make_part
+from tocom.parts import Attention, Compressor, Shape, Tokens
+from tocom.training import normalise
 
 _POOLS = ("token", "avg", "")
 
 
-class CompressedViT(nn.Module):
+class CompressedViT(Compressed):
     """A timm ViT that removes tokens as it runs, at a degree that can be changed at any time.
 
     The model is used, not copied: its weights stay where they are, and at degree 0 without a compensator the
@@ -40,6 +41,8 @@ class CompressedViT(nn.Module):
         TocomError: the model has a part that compression or folding cannot handle; the message names it.
     """
 
+    reads = "images"
+
     def __init__(
         self,
         model: nn.Module,
@@ -48,93 +51,68 @@ class CompressedViT(nn.Module):
         proportional_attention: bool = True,
         max_degree: int = 0,
     ):
-        super().__init__()
-        self.model = model
-        check_supported(model)
-        self.compressor: Compressor = make_part("compressor", compressor, Shape.of(model), max_degree)
+        super().__init__(model, compressor, degree, max_degree)
         if self.compressor.needs_class_token and not model.has_class_token:
             raise TocomError(
                 f"{self.compressor.title} ranks tokens by class attention, but the model has no class token; use"
                 " another compressor"
             )
-        self.compressor.train(model.training)
-        self.compressor.fit_to(model)
         self.proportional_attention = proportional_attention
         self.prefix = model.num_prefix_tokens
-        self.depth = len(model.blocks)
-        self.source_degree = degree
-        self.compensator: Compensator | None = None
-        self.scale = 0.0
-        self._folding: Folding | None = None
-        self._set_counts(degree)
+
+    # --- what stages ask of a family of models --------------------------------------------------------------
+
+    @classmethod
+    def takes(cls, model: nn.Module) -> bool:
+        """Return that it is for every model that no other family takes; what it cannot handle, it refuses by name."""
+        return True
+
+    @classmethod
+    def shape_of(cls, model: nn.Module) -> Shape:
+        """Return what parts may need to know of a timm ViT.
+
+        Raises:
+            TocomError: it has a part that this forward pass would silently get wrong.
+        """
+        check_supported(model)
+        return Shape.of(model)
+
+    @classmethod
+    def geometry(cls, model: nn.Module) -> tuple:
+        """Return blocks, width, patch and input size, which a fine-tuned model shares with its backbone."""
+        return len(model.blocks), model.embed_dim, *model.patch_embed.patch_size, *model.patch_embed.img_size
+
+    @classmethod
+    def outputs(cls, model: nn.Module) -> int:
+        """Return the number of classes."""
+        return model.num_classes
+
+    @classmethod
+    def run_as(cls, model: nn.Module) -> dict[str, Any]:
+        """Return the mean and standard deviation of its input's colours."""
+        return {name: list(model.pretrained_cfg[name]) for name in ("mean", "std")}
+
+    @classmethod
+    def how(cls, about: dict[str, Any]) -> dict[str, Any]:
+        """Return the arguments by which a checkpoint's metadata say that it is to be run."""
+        return {"proportional_attention": about.get("proportional_attention", True)}
+
+    @staticmethod
+    def inputs(images: Tensor, model: nn.Module) -> Tensor:
+        """Return normalised images [B, 3, H, W] of images in uint8."""
+        return normalise(images, model)
+
+    def example(self, batch_size: int, image_size: int | tuple[int, int] | None = None) -> Tensor:
+        """Return random numbers [B, 3, H, W], always the same ones, of a size or of the model's own."""
+        patch = self.model.patch_embed
+        sides = (image_size, image_size) if isinstance(image_size, int) else image_size or patch.img_size
+        shape = (batch_size, self.model.in_chans, *sides)
+        reference = next(self.parameters())
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(reference)
 
     def no_weight_decay(self) -> set[str]:
         """Return the parameters that timm's optimizers are not to decay, those of the ViT that says so itself."""
         return {f"model.{name}" for name in self.model.no_weight_decay()}
-
-    # --- degree and compensator -----------------------------------------------------------------------------
-
-    @property
-    def degree(self) -> Degree:
-        """The degree that the model runs at now."""
-        return self._degree
-
-    def _set_counts(self, degree: Degree) -> None:
-        self._counts = self.compressor.counts(degree, self.depth)
-        self._degree = degree
-
-    def attach(self, compensator: Compensator, scale: float | None = None) -> CompressedViT:
-        """Use ``compensator`` from now on whenever the degree is not the source degree.
-
-        It is folded into the weights of ``model``, which must not be saved then: ``detach()`` first. The compensator
-        itself becomes no part of this module: its parameters are not among ``parameters()`` or in ``state_dict()``.
-
-        Args:
-            scale: factor on the weight update; by default the one that the compensator was trained at.
-
-        Raises:
-            TocomError: it was made for another architecture, another compressor or lower degrees; the model then
-                stays as it was.
-        """
-        compensator.check_fits(self)
-        deltas = compensator.deltas(self.source_degree, self._degree)
-        check_deltas(self.model, deltas)
-        self.detach()
-        object.__setattr__(self, "compensator", compensator)  # past nn.Module, which would make it a submodule
-        self.scale = compensator.trained_scale if scale is None else scale
-        self._folding = Folding.apply(self.model, deltas, self.scale)
-        return self
-
-    def detach(self) -> CompressedViT:
-        """Forget the compensator; the weights are again, bit for bit, what they were."""
-        self._unfold()
-        self.compensator = None
-        return self
-
-    def set_degree(self, degree: Degree, scale: float | None = None) -> CompressedViT:
-        """Run at ``degree`` from now on, with the attached compensator (if any) folded in for it.
-
-        Args:
-            scale: factor on the weight update from now on; by default the one in use.
-
-        Raises:
-            TocomError: the degree is malformed, or beyond what the compensator was trained for; the model then
-                stays as it was.
-        """
-        scale = self.scale if scale is None else scale
-        self.compressor.counts(degree, self.depth)  # refuses what is malformed before anything is changed
-        if self.compensator is not None:
-            deltas = self.compensator.deltas(self.source_degree, degree)
-            self._unfold()
-            self._folding = Folding.apply(self.model, deltas, scale)
-            self.scale = scale
-        self._set_counts(degree)
-        return self
-
-    def _unfold(self) -> None:
-        if self._folding is not None:
-            self._folding.undo()
-            self._folding = None
 
     # --- forward --------------------------------------------------------------------------------------------
 
@@ -228,30 +206,3 @@ def check_supported(model: nn.Module) -> None:
             refuse(f"blocks of type {type(block).__name__}")
         if type(block.attn) is not TimmAttention:
             refuse(f"attention of type {type(block.attn).__name__}")
-
-
-@torch.no_grad()
-def gflops(vit: CompressedViT, image_size: int | tuple[int, int] | None = None) -> float:
-    """Count the cost of one image at the present degree, matching or ranking included.
-
-    Returns:
-        Billions of multiply-adds (the "GFLOPs" of the ViT literature), from torch's FlopCounterMode.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    patch = vit.model.patch_embed
-    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size or patch.img_size
-    reference = next(vit.parameters())
-    image = torch.zeros(1, vit.model.in_chans, height, width, device=reference.device, dtype=reference.dtype)
-    training = vit.training
-    vit.eval()
-    with FlopCounterMode(display=False) as counter:
-        vit(image)
-    vit.train(training)
-    return counter.get_total_flops() / 2 / 1e9
-
-
-def cost(vit: CompressedViT) -> float:
-    """Return what one image takes at the present degree of what the compressor ``saves``, in that unit."""
-    own = vit.compressor.cost(vit.degree)
-    return gflops(vit) if own is None else own

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from tests.small import ARCHITECTURE, KWARGS, beside, build, refusal, tune
 from tocom import CompressedViT, load_model, make_part, save_model
+from tocom.compressed import cost
 from tocom.methods.lorc import LoRC, LoRCOptions, directions, log_condition, progressive, truncate
 from tocom.models import compress
 from tocom.parts import Shape
-from tocom.vit import cost
 
 
 def part(depth=3, **options):

@@ -11,6 +11,7 @@ from tocom.jobs import PretrainJob, read_job
 from tocom.models import load_model
 from tocom.seeds import derive_seed
 from tocom.stages import pretrain as stage
+from tocom.stages.sources import SOURCES
 from tocom.vit import CompressedViT
 
 QUICK = {"epochs": 3, "images": 80, "held_out": 32, "batch_size": 16, "threads": 1, "device": "cpu", "warmup_epochs": 0}
@@ -75,7 +76,7 @@ def test_by_default_nothing_is_compressed_and_nothing_is_drawn(tmp_path, forward
 
 def test_the_best_epoch_has_the_highest_mean_accuracy_at_the_degrees_that_are_scored(tmp_path, monkeypatch):
     figures = iter([0.1, 0.2, 0.9, 0.5, 0.4, 0.6, 0.3, 0.3, 0.7, 0.0, 0.0, 0.0])
-    monkeypatch.setattr(stage, "accuracy", lambda vit, *_: next(figures))
+    monkeypatch.setattr(SOURCES["images"], "score", lambda *_: next(figures))
     assert trained(tmp_path / "vit", SET)[1]["best_epoch"] == 2  # means 0.4, 0.5 and 0.43; at degree 4 it is the worst
 
 
@@ -86,7 +87,7 @@ def test_what_is_reported_is_the_accuracy_of_the_checkpoint_and_repeats_itself(t
     assert about["accuracy"] == again[1]["accuracy"]
     assert not same(weights, other[0])
     vit = CompressedViT(load_model(tmp_path / "a")[0])
-    images, labels = stage.letters(32, held_out=True)
+    images, labels = SOURCES["images"].draw(32, held_out=True)
     for degree in (0, 2, 4):
         with torch.no_grad():
             pixels = (images / 255 - torch.tensor(vit.model.pretrained_cfg["mean"]).view(3, 1, 1)) / torch.tensor(

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TINY, SCENES = (ROOT / "tests" / "configs" / f"{name}.yaml" for name in ("tiny", "scenes"))
+TINY, SCENES, LANGUAGE = (ROOT / "tests" / "configs" / f"{name}.yaml" for name in ("tiny", "scenes", "language"))
 ENVIRONMENT = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 
 

@@ -10,7 +10,7 @@ import yaml
 from filelock import FileLock
 
 from tests.data.layouts import make_catalogue
-from tests.workflow.running import ROOT, TINY, planned, snakemake, workplace
+from tests.workflow.running import LANGUAGE, ROOT, TINY, planned, snakemake, workplace
 from tocom.analysis.cells import COLUMNS
 from tocom.data.fetch import fetch
 from tocom.data.store import folder_of, status
@@ -90,6 +90,20 @@ def test_nothing_is_left_to_do_after_a_run_and_every_job_left_a_log(finished):
     root = finished / "results" / "tiny"
     assert len(list((root / "logs").rglob("*.log"))) == len(list((root / "benchmarks").rglob("*.tsv"))) > 10
     assert [path for path in root.rglob(".*") if path.is_file() and path.name != ".snakemake_timestamp"] == []
+
+
+def test_language_models_go_through_the_same_workflow(tmp_path):
+    result = snakemake(workplace(tmp_path), "--configfile", LANGUAGE)
+    assert result.returncode == 0, result.stdout + result.stderr
+    root = tmp_path / "results" / "language"
+    cells = pd.read_csv(root / "cells.csv", keep_default_na=False)
+    assert tuple(cells.columns) == (*COLUMNS, "cache_bytes")
+    sizes = cells.groupby(["method", "infer_degree"]).cache_bytes.unique()
+    assert sizes["lorc_tocom", 12].tolist() == [65536 // 4]
+    table = (root / "tables" / "main.md").read_text()
+    assert table.startswith("### Perplexity against bytes of cache, LoRC")
+    assert "16,384 (25 %)" in table
+    assert "bytes of cache" in (root / "tables" / "main.tex").read_text()
 
 
 def test_a_change_of_one_setting_reruns_only_what_depends_on_it(finished):

@@ -21,6 +21,8 @@ COLUMNS = (
     *("study", "backbone", "method", "compressor", "task", "seed", "train_degree", "infer_degree"),
     *("compensated", "compensator", "scale", "n", "correct", "accuracy", "gflops", "metric", "score"),
 )
+#: Further columns, where cells have them. cache_bytes: of keys and values that reading a full context keeps.
+FURTHER = ("cache_bytes",)
 #: What rows are sorted by; rows that are equal in it keep the order of the files.
 _ORDER = ("backbone", "compressor", "task", "seed", "train_degree", "infer_degree", "compensated")
 #: Columns that stay text even where they look like numbers.
@@ -47,11 +49,13 @@ def gather(study: str, files: Iterable[os.PathLike]) -> list[dict]:
     Raises:
         TocomError: a file holds no predictions, or two hold the same cell.
     """
-    rows = []
+    rows, further = [], {}
     for key, metric, cell, record in _read_all(files):
         about = {name: cell[name] for name in ("compressor", "compensated", "compensator", "scale", "gflops")}
+        further |= dict.fromkeys(name for name in FURTHER if name in cell)
+        about |= {name: cell.get(name) for name in FURTHER}
         row = dict(zip(KEYS, key, strict=True)) | about | METRICS[metric].row(record) | {"metric": metric}
-        rows.append({name: study if name == "study" else row[name] for name in COLUMNS})
+        rows.append({name: study if name == "study" else row[name] for name in (*COLUMNS, *further)})
     return sorted(rows, key=lambda row: tuple(str(row[key]).zfill(6) for key in _ORDER))
 
 

@@ -23,7 +23,7 @@ from tocom.analysis.curves import Curve, curves, unit_of
 from tocom.analysis.planned import ALL, Scope, is_compensated, train_degrees
 from tocom.analysis.run import Run, primary, transfer_methods, transferred
 from tocom.analysis.stats import stars
-from tocom.analysis.tables import DECLINED, NOT_PLANNED, NOT_RUN, gain_text, p_is, signed
+from tocom.analysis.tables import DECLINED, NOT_PLANNED, NOT_RUN, cost_text, gain_text, p_is, signed
 from tocom.settings import PLAIN
 
 #: Metadata without dates, so that the same numbers give the same bytes.
@@ -100,7 +100,7 @@ def _legend(figure: Figure, handles: list) -> None:
 
 
 def score_against_cost(run: Run, backbone: str) -> Figure:
-    """Draw the score against the share of the uncompressed model's GFLOPs: a panel a group of tasks.
+    """Draw the score against the share of the uncompressed model's cost: a panel a group of tasks.
 
     Colours are for train degrees, lines for methods; each compressor has panels of its own. Of the compensated methods
     that share models with a plain one, one is drawn: that of the pair declared first, or else the first. Bars are one
@@ -119,7 +119,8 @@ def score_against_cost(run: Run, backbone: str) -> Figure:
                 _line(axis, run, backbone, method, scope, label, aside, colours.get(label, _NO_DEGREE), looks[method])
         of = f"\n{run.title(methods[0])}" if len(by_compressor) > 1 else ""
         cost = run.uncompressed(backbone, scope)
-        of_what = "GFLOPs" if np.isnan(cost) else f"% of the uncompressed model's {cost:.3g} GFLOPs"
+        unit = run.cost_unit
+        of_what = unit if np.isnan(cost) else f"% of the uncompressed model's {cost_text(cost)} {unit}"
         axis.set(title=f"{_title(scope)}{of}", xlabel=of_what, ylabel=f"test {study.metric} (%)")
         axis.locator_params(axis="x", nbins=6)
     for axis, row in zip(axes, rows, strict=True):
@@ -154,7 +155,7 @@ def _looks(run: Run, rows: Sequence[Sequence[str]]) -> dict[str, dict]:
 
 
 def _x(run: Run, backbone: str, method: str, scope: Scope, infer: int) -> float:
-    """Return where a degree stands on the axis of the cost: GFLOPs alone where the share is unknown."""
+    """Return where a degree stands on the axis of the cost: the cost itself where the share is unknown."""
     share = run.share(backbone, method, scope, infer)
     return run.cost(backbone, method, scope, infer) if np.isnan(share) else share
 

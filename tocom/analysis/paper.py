@@ -80,8 +80,8 @@ def largest_gains(run: Run) -> Table:
         rows.append([Text(text) for text in (*texts, published_gain(run, scope, backbone, pair) or NOT_AT_HAND)])
     caption = (
         "The largest gain among all pairs of a train and another inference degree, averaged over the group's tasks and "
-        f"{run.study.seeds_text} seeds. {gain_caption(run)} {LARGEST_CAPTION} Mean gain: over all inference degrees but the train "
-        "degree, in points, ± standard deviation over seeds, from the train degree where it is largest. "
+        f"{run.study.seeds_text} seeds. {gain_caption(run)} {LARGEST_CAPTION} Mean gain: over all inference degrees "
+        "but the train degree, in points, ± standard deviation over seeds, from the train degree where it is largest. "
         f"{READING_CAPTION} {NOT_AT_HAND}: none is at hand."
     )
     caption += f" {VTAB_NOTE}." if any(scope.name == VTAB for scope in run.scopes) else ""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tocom.analysis.across import methods_table, variance_table
 from tocom.analysis.paper import paper_tables
+from tocom.analysis.perplexity import perplexity_tables
 from tocom.analysis.planned import task_scopes
 from tocom.analysis.run import Run
 from tocom.analysis.tables import Table, degree_tables, harm_table, significance_table, throughput_table
@@ -26,9 +27,10 @@ ELSEWHERE = "This study has one task; its table is the main one.\n"
 
 def make_tables(run: Run) -> dict[str, list[Table]]:
     """Return the tables of a study by file name."""
+    by_task = task_scopes(run.study.groups)
     return {
-        "main": degree_tables(run, run.scopes),
-        "tasks": degree_tables(run, task_scopes(run.study.groups)),
+        "main": [*perplexity_tables(run, run.scopes), *degree_tables(run, run.scopes)],
+        "tasks": [*perplexity_tables(run, by_task), *degree_tables(run, by_task)],
         "significance": [table(run, name) for name in run.backbones for table in (significance_table, harm_table)],
         "methods": [methods_table(run, name) for name in run.backbones],
         "variance": [variance_table(run, name) for name in run.backbones],

@@ -153,19 +153,25 @@ class Run:
             self._found["scores", scope] = found
         return self._found["scores", scope].get((backbone, method, train, infer), pd.Series(dtype=float))
 
+    @property
+    def cost_unit(self) -> str:
+        """What a method's cost is in: bytes of cache where cells tell them, else GFLOPs of one image."""
+        return "bytes of cache" if "cache_bytes" in self.cells.columns else "GFLOPs"
+
     def cost(self, backbone: str, method: str, scope: Scope, infer: int) -> float:
-        """Return the GFLOPs of one image, NaN where that was not run."""
+        """Return the cost of one image, or context, in :attr:`cost_unit`; NaN where that was not run."""
         if ("cost", scope) not in self._found:
-            gflops = self._of(scope).astype({"gflops": float}).groupby(["backbone", "method", "infer_degree"]).gflops
-            self._found["cost", scope] = gflops.mean().to_dict()
+            column = "cache_bytes" if "cache_bytes" in self.cells.columns else "gflops"
+            costs = self._of(scope).astype({column: float}).groupby(["backbone", "method", "infer_degree"])[column]
+            self._found["cost", scope] = costs.mean().to_dict()
         return self._found["cost", scope].get((backbone, method, infer), float("nan"))
 
     def share(self, backbone: str, method: str, scope: Scope, infer: int) -> float:
-        """Return the GFLOPs of one image in percent of the uncompressed model's, NaN where either is not known."""
+        """Return the cost in percent of the uncompressed model's, NaN where either is not known."""
         return 100 * self.cost(backbone, method, scope, infer) / self.uncompressed(backbone, scope)
 
     def uncompressed(self, backbone: str, scope: Scope) -> float:
-        """Return the GFLOPs of one image at degree 0, NaN where no method was run there."""
+        """Return the cost at degree 0, NaN where no method was run there."""
         costs = [self.cost(backbone, method, scope, 0) for method in self.study.methods]
         return next((cost for cost in costs if cost > 0), float("nan"))
 

@@ -1,7 +1,8 @@
-"""The scores of a study's tasks: accuracy of classifiers, mean intersection over union (mIoU) of segmenters.
+"""The scores of a study's tasks: accuracy of classifiers, mIoU of segmenters, bits that language models save.
 
 A record is what a score needs to know of every test image: for accuracy whether it is right [images] bool, for mIoU
-its pixels by class [images, 3, classes]. Records of several seeds are stacked as runs [seeds, images, ...].
+its pixels by class [images, 3, classes], of a sequence of text its bits, bytes and bytes foretold [images, 3]. Records
+of several seeds are stacked as runs [seeds, images, ...].
 """
 
 from __future__ import annotations
@@ -134,8 +135,41 @@ class MeanIoU(Metric):
         return 100 * (_miou(sums)[:, None] + runs.shape[1] * influence)
 
 
+class BitsSaved(Metric):
+    """The share of a text's bits that a model saves: 1 - (bits per byte) / 8. An image is a sequence here."""
+
+    name = "bits saved"
+
+    def records(self, arrays: dict[str, NDArray]) -> NDArray:
+        """Return bits, bytes, and bytes that were the likeliest, of every sequence [cells, sequences, 3] float64."""
+        return np.stack([arrays[part] for part in ("bits", "bytes", "foretold")], axis=-1).astype(np.float64)
+
+    def row(self, record: NDArray) -> dict[str, float]:
+        """Return n (bytes), correct (those that were the likeliest), accuracy and score of one record."""
+        _, n, correct = record.sum(axis=0)
+        return {
+            "n": int(n),
+            "correct": int(correct),
+            "accuracy": float(correct / n),
+            "score": float(_saved(record).mean()),
+        }
+
+    def values(self, runs: NDArray) -> NDArray:
+        """Return the share of bits saved in percent of every sequence [seeds, sequences]."""
+        return 100 * _saved(runs)
+
+
+def _saved(records: NDArray) -> NDArray:
+    return 1 - records[..., 0] / (8 * records[..., 1])
+
+
+def bits_per_byte(saved: ArrayLike) -> NDArray:
+    """Return what a mean score of :class:`BitsSaved` in percent is in bits a byte."""
+    return 8 * (1 - np.asarray(saved) / 100)
+
+
 #: Every score by the name that predictions files and configs give it.
-METRICS: dict[str, Metric] = {metric.name: metric for metric in (Accuracy(), MeanIoU())}
+METRICS: dict[str, Metric] = {metric.name: metric for metric in (Accuracy(), MeanIoU(), BitsSaved())}
 
 
 def read_predictions(path: str | os.PathLike) -> tuple[dict, list[tuple[dict, NDArray]]]:

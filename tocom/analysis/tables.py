@@ -272,8 +272,13 @@ def degree_tables(run: Run, scopes: Sequence[Scope]) -> list[Table]:
 def _degree_heading(run: Run, scope: Scope, backbones: Sequence[str], infer: int) -> str:
     """Return an inference degree, and its cost if that is one for all methods."""
     plain = [method for method in run.study.methods if not is_compensated(run.study, method)]
-    costs = {f"{run.cost(name, method, scope, infer):.3g}" for name in backbones for method in plain} - {"nan"}
-    return f"{infer} ({costs.pop()} GFLOPs)" if len(costs) == 1 else str(infer)
+    costs = {cost_text(run.cost(name, method, scope, infer)) for name in backbones for method in plain} - {"nan"}
+    return f"{infer} ({costs.pop()} {run.cost_unit})" if len(costs) == 1 else str(infer)
+
+
+def cost_text(cost: float) -> str:
+    """Return a cost to three digits, or to the last one if it is large."""
+    return f"{cost:,.0f}" if cost >= 1000 else f"{cost:.3g}"
 
 
 def _degree_rows(run: Run, scope: Scope, backbone: str, prefix: str, corrected: pd.Series) -> Block:

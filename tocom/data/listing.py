@@ -13,8 +13,8 @@ import numpy as np
 from tocom.errors import TocomError
 
 SPLITS = ("train", "val", "test")
-#: What is asked of an image: one label, or one for every pixel.
-TaskKind = Literal["classify", "segment"]
+#: What is asked of an image: one label, or one for every pixel; of a text: what comes next, everywhere.
+TaskKind = Literal["classify", "segment", "language"]
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,9 @@ class Items:
     """The images of one split, as files or as decoded arrays (exactly one of them).
 
     Attributes:
-        labels: [n] int64, to classify; to segment: [n, H, W] uint8 with arrays, n paths of annotations with files.
-        files: n paths. arrays: [n, 3, H, W] uint8 at the source's own size.
+        labels: [n] int64, to classify; to segment: [n, H, W] uint8 with arrays, n paths of annotations with files; of
+            texts, these themselves.
+        files: n paths. arrays: [n, 3, H, W] uint8 at the source's own size; of texts, [n, T] uint8.
     """
 
     labels: np.ndarray | tuple[Path, ...]

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tocom.data import glyphs, scenes
+from tocom.data import glyphs, scenes, texts
 from tocom.data.catalogue import CatalogueOrPath, as_catalogue
 from tocom.data.families import load_listing
 from tocom.data.images import Resize, decode, image_files
@@ -29,6 +30,10 @@ Sizes = Mapping[str, int | float | None]  # split -> images; None, or no entry: 
 REAL, GENERATED = "real tasks", "generated tasks"
 #: Images in the splits of a bundled task, and the share of another's training images to choose on, unless stated.
 DEFAULT_SIZES = {"train": 800, "val": 200, "test": 2_000}
+SIZES = {
+    "segment": {"train": 400, "val": 100, "test": 200},
+    "language": {"train": 2_400, "val": 200, "test": 600},
+}
 DEFAULT_VAL = 0.1
 
 
@@ -40,8 +45,8 @@ class Task:
         classes: number of classes. group: whether people or this project made the images.
         source: where they come from, for tables and cards.
         load: returns all images and labels; a generated task takes (n, seed) instead and has no end of them, and one to
-            segment (n, size, seed), for it is drawn at any size.
-        kind: what is asked of an image.
+            segment (n, size, seed), for it is drawn at any size; a text takes (split, n).
+        kind: what is asked of an image, or of a text.
     """
 
     classes: int
@@ -52,8 +57,8 @@ class Task:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Images in each split, unless stated."""
-        return DEFAULT_SIZES if self.kind == "classify" else {"train": 400, "val": 100, "test": 200}
+        """Images, or sequences, in each split, unless stated."""
+        return SIZES.get(self.kind, DEFAULT_SIZES)
 
 
 def _digits() -> Arrays:
@@ -87,6 +92,10 @@ TASKS: dict[str, Task] = {
     "scenes": Task(
         len(scenes.CLASSES), GENERATED, "which shape a pixel of a scene belongs to", scenes.scenes, "segment"
     ),
+} | {
+    name: Task(texts.TOKENS, REAL, corpus.what, partial(texts.draw, name), "language")
+    for name, corpus in texts.CORPORA.items()
+    if name != texts.PRETRAINING
 }
 
 
@@ -158,6 +167,10 @@ def _bundled(name: str, sizes: Sizes, image_size: int) -> Listing:
     sizes = {split: task.sizes[split] if sizes.get(split) is None else sizes[split] for split in SPLITS}
     if sizes["val"] < 1:
         raise TocomError(f"{name} is drawn anew, so data.val must be a number of images; it is {sizes['val']}")
+    if task.kind == "language":
+        drawn = {split: task.load(split, sizes[split]) for split in SPLITS}
+        splits = {split: Items(rows, arrays=rows) for split, rows in drawn.items()}
+        return Listing(task.classes, task.group, texts.described(name), splits, task.kind)
     splits = _generate(task, sizes, image_size) if task.group == GENERATED else _split_real(task, sizes)
     return Listing(task.classes, task.group, task.source, splits, task.kind)
 
@@ -240,6 +253,9 @@ def prepare(
         check_disjoint(name, listing)
     arrays = {}
     for split, items in listing.splits.items():
+        if listing.kind == "language":
+            arrays[f"{split}_text"] = items.arrays
+            continue
         if listing.kind == "segment":
             for part, values in (("images", items.images), ("labels", items.labels)):
                 arrays[f"{split}_{part}"] = values if isinstance(values, np.ndarray) else pack_paths(values)

@@ -21,6 +21,8 @@ PARTS: dict[str, dict[str, str]] = {
         "quantise": "tocom.methods.quantise:Quantise",
         "lorc": "tocom.methods.lorc:LoRC",
         "condense": "tocom.methods.condense:Condense",
+        "beacon": "tocom.methods.beacon:Beacon",
+        "lorc_lm": "tocom.methods.lorc_lm:LoRC",
     },
     "tuning": {
         "full": "tocom.methods.full:Full",
@@ -32,7 +34,10 @@ PARTS: dict[str, dict[str, str]] = {
     "compensator": {
         "tocom": "tocom.methods.tocom:ToCom",
         "widecom": "tocom.methods.widecom:WideCom",
+        "tocom_lm": "tocom.methods.tocom_lm:ToComLM",
     },
 }
 #: The part of each role that is meant where none is named.
 DEFAULTS = {"compressor": "tome", "tuning": "full", "compensator": "tocom"}
+#: What models read -> the compensator that work is measured with.
+COMPENSATORS = {"images": DEFAULTS["compensator"], "text": "tocom_lm"}

@@ -13,6 +13,7 @@ class AsItIs(Tuning):
     title = "as it is"
     reference = "off the shelf"
     needs = "a fine-tuned model (fine_tuned of a task)"
+    reads = ("images", "text")
     trains_anything = False
 
     def prepare(self, model: nn.Module) -> None:

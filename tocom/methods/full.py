@@ -13,7 +13,8 @@ class Full(Tuning):
     title = "full fine-tuning"
     reference = "common practice"
     trains = "all weights"
-    needs = "labelled images of the task"
+    needs = "labelled images of the task, or its text"
+    reads = ("images", "text")
 
     @classmethod
     def label(cls, options: TuningOptions) -> str:

@@ -15,7 +15,7 @@ from tocom import distributed
 from tocom.errors import TocomError
 from tocom.files import Paths, checkpoint_files, sha256, write_rows
 from tocom.jobs import AdaptJob
-from tocom.models import compress, load_model, pick_device
+from tocom.models import compress, family_of, load_model, pick_device
 from tocom.parts import Compensator, Shape, describe, file_of_seed, load_part, make_part, save_part, source_degree
 from tocom.seeds import derive_seed
 from tocom.stages.learn import train
@@ -92,7 +92,8 @@ def _adapt(
     teacher, meta = load_model(checkpoint)
     student, _ = load_model(checkpoint, drop_path_rate=settings.drop_path)
     source, seed = source_degree(meta["train_degree"]), meta["seed"]
-    part = _start(job, learned, seed, Shape.of(teacher))
+    family = family_of(teacher)
+    part = _start(job, learned, seed, family.shape_of(teacher))
     both = [compress(model.to(task.device), meta, meta["compressor"], source) for model in (teacher, student)]
     part.compressor = describe(both[0].compressor)
     objective = part.objective(*both, settings.compile is not None).to(task.device)
@@ -105,8 +106,8 @@ def _adapt(
     of_run = derive_seed(seed, task.name, str(source))
     identity = inputs | {"job": job.recipe()}
     trained = train(objective, teacher, images, held_out, settings, of_run, title, identity, _state(output), workers)
-    about = {name: meta[name] for name in ("backbone_sha256", "proportional_attention", "train_degree", "task")}
-    about |= {name: list(teacher.pretrained_cfg[name]) for name in ("mean", "std")}
+    about = {name: meta[name] for name in ("backbone_sha256", "train_degree", "task")}
+    about |= family.how(meta) | family.run_as(teacher)
     about |= {"seed": seed, "recipe": settings.recipe(), "adapted_to": inputs["checkpoint"]}
     if distributed.is_main():
         output.parent.mkdir(parents=True, exist_ok=True)

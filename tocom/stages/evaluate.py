@@ -14,15 +14,15 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
+from tocom.compressed import Compressed, gflops
 from tocom.errors import TocomError
 from tocom.files import Paths, checkpoint_files, listed, save_arrays, sha256
 from tocom.jobs import EvaluatedMethod, EvaluateJob
-from tocom.models import compress, load_model, pick_device
+from tocom.models import compress, family_of, load_model, pick_device
 from tocom.parts import Compensator, file_of_seed, kind_of, load_part, source_degree
 from tocom.settings import PLAIN, EvaluateSettings
 from tocom.tasks import Task, Validated, load_task
 from tocom.training import bar, make_deterministic
-from tocom.vit import CompressedViT, gflops
 
 Record = dict[str, np.ndarray]
 
@@ -53,7 +53,8 @@ def evaluate(
 
     Returns:
         The cells: method, compressor, train_degree, seed, infer_degree, compensated, compensator, compensator_seed
-        (that it was learned with, where its file says so), scale (chosen on validation images; 0: declined), gflops.
+        (that it was learned with, where its file says so), scale (chosen on validation images; 0: declined), gflops,
+        and of language models cache_bytes.
 
     Raises:
         TocomError: an input is missing, corrupt, of another task or of no seed that is needed, or a degree is out of
@@ -128,7 +129,9 @@ def evaluate_checkpoint(
         cell = {"method": method.name, **run, "infer_degree": vit.degree, "compensated": added is not None}
         cell |= {"compensator": PLAIN if added is None else kind_of(type(added)).rpartition(":")[2]}
         cell |= {"compensator_seed": None if added is None else added.metadata.get("seed")}
-        cells.append((cell | {"scale": scale, "gflops": round(gflops(vit), 6)}, predicted))
+        cell |= {"scale": scale, "gflops": round(gflops(vit), 6)}
+        kept = vit.cache_bytes()
+        cells.append((cell if kept is None else cell | {"cache_bytes": kept}, predicted))
         progress.update()
         return predicted
 
@@ -154,7 +157,7 @@ def evaluate_checkpoint(
 
 
 def choose_scale(
-    vit: CompressedViT, scales: Sequence[float], validate: Callable[[], Validated], settings: EvaluateSettings
+    vit: Compressed, scales: Sequence[float], validate: Callable[[], Validated], settings: EvaluateSettings
 ) -> float:
     """Return the scale that validation images speak for at the model's present degree; see :func:`chosen`.
 
@@ -213,8 +216,7 @@ def check_compensator(checkpoint: str | os.PathLike, meta: dict, model: nn.Modul
     adapted_to = compensator.metadata.get("adapted_to")
     if adapted_to not in (None, sha256(checkpoint)):
         raise TocomError(f"{checkpoint} is not the model that this compensator was adapted to; adapt one to it")
-    run = {"proportional_attention": meta.get("proportional_attention", True)}
-    run |= {name: list(model.pretrained_cfg[name]) for name in ("mean", "std")}
+    run = family_of(model).how(meta) | family_of(model).run_as(model)
     for name, value in run.items():
         learned = compensator.metadata.get(name, value)
         if learned != value:

@@ -10,13 +10,13 @@ from torch import nn
 
 from tocom import distributed
 from tocom.bundled import resolve
+from tocom.compressed import Compressed
 from tocom.errors import TocomError
 from tocom.files import Paths, sha256, write_rows
 from tocom.jobs import FinetuneJob
-from tocom.models import compress, load_fine_tuned, load_model, pick_device, save_model
+from tocom.models import compress, family_of, load_fine_tuned, load_model, pick_device, save_model
 from tocom.parts import (
     Compressor,
-    Shape,
     Tuning,
     describe,
     described,
@@ -29,7 +29,6 @@ from tocom.seeds import derive_seed
 from tocom.study import Checkpoint
 from tocom.tasks import Task, load_task
 from tocom.training import explained, fit, forget, make_deterministic, resume_path
-from tocom.vit import CompressedViT
 
 #: Images a forward pass when validation images are scored.
 SCORE_BATCH = 250
@@ -118,7 +117,7 @@ class _Run:
         file = self.learned_with(seed)
         if file is not None:
             return load_part(file, "compressor")
-        return make_part("compressor", self.job.compressor, Shape.of(model), self.job.max_degree)
+        return make_part("compressor", self.job.compressor, family_of(model).shape_of(model), self.job.max_degree)
 
     def write(self, checkpoint: Checkpoint) -> dict:
         """Train, or take over, one model and write it."""
@@ -133,7 +132,7 @@ class _Run:
             "compressor": describe(vit.compressor),
             "max_degree": self.job.max_degree,
             "backbone_sha256": about["sha256"],
-            "proportional_attention": about.get("proportional_attention", True),
+            **vit.how(about),
             "recipe": self.settings.recipe(),
             **self.task.about(self.settings),
             **record,
@@ -147,7 +146,7 @@ class _Run:
         distributed.wait_for_all()
         return metadata
 
-    def train(self, checkpoint: Checkpoint) -> tuple[nn.Module, CompressedViT, dict, dict]:
+    def train(self, checkpoint: Checkpoint) -> tuple[nn.Module, Compressed, dict, dict]:
         """Fine-tune one model; return it, its ViT, the backbone's metadata and the record of the training."""
         task, settings, tuning = self.task, self.settings, self.tuning
         label, seed = checkpoint
@@ -190,7 +189,7 @@ class _Run:
         kept = {"best_epoch": record["best_epoch"], "val_score": record["score"][0], "epochs": record["epochs"]}
         return module, vit, about, kept | {"tuning": describe(tuning)}
 
-    def identity(self, vit: CompressedViT, seed: int) -> dict:
+    def identity(self, vit: Compressed, seed: int) -> dict:
         """Return what names all inputs of a training."""
         learned = self.learned_with(seed)
         return {
@@ -202,7 +201,7 @@ class _Run:
             "max_degree": self.job.max_degree,
         }
 
-    def take_over(self, checkpoint: Checkpoint) -> tuple[nn.Module, CompressedViT, dict, dict]:
+    def take_over(self, checkpoint: Checkpoint) -> tuple[nn.Module, Compressed, dict, dict]:
         """Load a model that was fine-tuned elsewhere, and score it; return what :meth:`train` does."""
         task, label = self.task, checkpoint.train_degree
         degree = source_degree(label)

@@ -1,4 +1,4 @@
-"""Learn a part of a method (a compensator, a compressor) for a backbone, on its pre-training images."""
+"""Learn a part of a method (a compensator, a compressor) for a backbone, on what that was pre-trained on."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from tocom.data.registry import pack_paths, pretraining_files, split_files
 from tocom.errors import TocomError
 from tocom.files import digest, sha256, write_rows
 from tocom.jobs import LearnJob
-from tocom.models import check_classifier, compress, load_model, pick_device
-from tocom.parts import Objective, Part, Shape, describe, load_part, make_part, save_part
+from tocom.models import check_classifier, compress, family_of, load_model, pick_device
+from tocom.parts import Objective, Part, describe, load_part, make_part, save_part
 from tocom.seeds import derive_seed
 from tocom.settings import AdaptSettings, LearnSettings
-from tocom.stages.pretrain import letters
+from tocom.stages.sources import SOURCES
 from tocom.training import (
     autocast,
     check_pairs,
@@ -32,10 +32,19 @@ from tocom.training import (
     fit,
     forget,
     make_deterministic,
-    normalise,
     random_shift,
     resume_path,
 )
+
+
+def _pretraining_text(settings: LearnSettings) -> tuple[Tensor, Tensor]:
+    """Return the sequences to train on, and the held-out ones [n, T] uint8."""
+    if settings.source is not None or settings.augmentation != "none" or settings.mixes:
+        raise TocomError("text is learned on as it is bundled: leave learn.source, augmentation, mixup and cutmix out")
+    if settings.images is None:
+        raise TocomError("say how many sequences to learn on (learn.images)")
+    source = SOURCES["text"]
+    return source.draw(settings.images)[0], source.draw(settings.held_out, held_out=True)[0]
 
 
 def _pretraining_images(
@@ -57,7 +66,8 @@ def _pretraining_images(
         )
     if settings.images is None:
         raise TocomError("there is no end of letters; say how many to learn on (learn.images)")
-    return letters(settings.images)[0], letters(settings.held_out, held_out=True)[0]
+    source = SOURCES["images"]
+    return source.draw(settings.images)[0], source.draw(settings.held_out, held_out=True)[0]
 
 
 def _identity(images: Tensor | list[Path], held_out: Tensor) -> str:
@@ -77,7 +87,8 @@ def _training_step(
 ) -> tuple[Callable, Callable | None]:
     """Return the loss of a micro-batch, and what feeds it images; without augmentation by timm, indices are enough."""
     device = next(model.parameters()).device
-    mix = mixer(settings, model.num_classes, 0.0)
+    family = family_of(model)
+    mix = mixer(settings, family.outputs(model), 0.0)
 
     def loss(batch: Tensor) -> Tensor:
         unused = torch.zeros(len(batch), dtype=torch.long, device=device)  # timm's mixup wants labels
@@ -87,11 +98,13 @@ def _training_step(
         batch = images[indices.to(images.device)]
         if settings.augmentation == "shift":
             batch = random_shift(batch, settings.shift)
-        return loss(normalise(batch.to(device), model))
+        return loss(family.inputs(batch.to(device), model))
 
     def from_loader(batch: tuple[Tensor, Tensor]) -> Tensor:
         return loss(batch[0].to(device, non_blocking=True))
 
+    if family.reads == "text" and (settings.augmentation != "none" or settings.mixes):
+        raise TocomError("text is not augmented: set augmentation: none, and leave mixup and cutmix out")
     check_pairs(settings)
     if settings.augmentation == "timm":
         data = TrainImages(images, torch.zeros(len(images)), train_transform(model, settings), seed)
@@ -107,7 +120,7 @@ def learn(
     learned: str | os.PathLike | None = None,
     workers: int = 0,
 ) -> dict:
-    """Learn a part on the backbone's pre-training images; labels are not used.
+    """Learn a part on the backbone's pre-training images, or text; labels are not used.
 
     Under torchrun, all processes train one part, with the same draw (a pair of degrees) in every step.
 
@@ -131,7 +144,8 @@ def learn(
         teacher, about = load_model(backbone)
         check_classifier(teacher, backbone)
         student, _ = load_model(backbone, drop_path_rate=settings.drop_path)
-        shape = Shape.of(teacher)
+        family = family_of(teacher)
+        shape = family.shape_of(teacher)
         torch.manual_seed(derive_seed(job.seed, "compensator"))
         if learned is None:
             compressor = make_part("compressor", job.compressor, shape, job.max_degree)
@@ -144,8 +158,11 @@ def learn(
             part.compressor = describe(compressor)
         objective = part.objective(*behind, settings.compile is not None).to(device)
         objective.compiled(lambda vit: compiled(vit, settings))
-        files = None if settings.source is None else pretraining_files(settings.source, job.data_root)
-        images, held_out = _pretraining_images(teacher, files, settings)
+        if family.reads == "text":
+            images, held_out = _pretraining_text(settings)
+        else:
+            files = None if settings.source is None else pretraining_files(settings.source, job.data_root)
+            images, held_out = _pretraining_images(teacher, files, settings)
         identity = {
             "backbone": sha256(resolve(backbone)),
             "learned": None if learned is None else sha256(learned),
@@ -157,9 +174,8 @@ def learn(
         described = {
             "backbone": about["architecture"],
             "backbone_sha256": about["sha256"],
-            "proportional_attention": about.get("proportional_attention", True),
-            "mean": list(teacher.pretrained_cfg["mean"]),
-            "std": list(teacher.pretrained_cfg["std"]),
+            **family.how(about),
+            **family.run_as(teacher),
             "seed": job.seed,
             "recipe": settings.recipe(),
         }
@@ -184,16 +200,16 @@ def train(
     output: str | os.PathLike,
     workers: int,
 ) -> dict:
-    """Minimise an objective on images without labels.
+    """Minimise an objective on inputs without labels.
 
     Args:
-        model: the timm ViT whose images these are. identity: see :func:`tocom.training.fit`.
+        model: the model whose inputs these are. identity: see :func:`tocom.training.fit`.
         output: beside it an interrupted run keeps its state.
 
     Returns:
         The best epoch, the held-out loss before and after (nats), and the rows of its curve.
     """
-    device = next(model.parameters()).device
+    device, family = next(model.parameters()).device, family_of(model)
     held_out = held_out.to(device)
     generator = torch.Generator().manual_seed(derive_seed(seed, "held-out pairs"))
     trials = [objective.draw(generator) for _ in range(settings.pairs)]
@@ -204,7 +220,7 @@ def train(
         objective.eval()
         mine = distributed.share(list(zip(chunks, trials, strict=False)))
         with autocast(settings.precision, device):
-            losses = [objective.set(trial).held_out(normalise(chunk, model)).cpu() for chunk, trial in mine]
+            losses = [objective.set(trial).held_out(family.inputs(chunk, model)).cpu() for chunk, trial in mine]
         return (-float(torch.stack(distributed.gather(losses)).mean()),)
 
     before = -score()[0]

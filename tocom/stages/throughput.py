@@ -14,13 +14,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from tocom.compressed import Compressed, gflops
 from tocom.errors import TocomError
 from tocom.jobs import ThroughputJob
 from tocom.models import compress, load_model, pick_device, set_image_size
 from tocom.parts import load_part
 from tocom.settings import BenchmarkSettings, ThroughputSettings
 from tocom.training import autocast, bar, make_deterministic
-from tocom.vit import CompressedViT, gflops
 
 
 def device_if_present(name: str) -> torch.device | None:
@@ -86,13 +86,14 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def training_work(vit: CompressedViT, images: torch.Tensor, precision: str) -> Callable[[], object]:
+def training_work(vit: Compressed, images: torch.Tensor, precision: str) -> Callable[[], object]:
     """Return what one training step costs: forward, loss and backward, without the optimizer."""
     numbers = torch.arange(len(images), device=images.device)
 
     def loss() -> torch.Tensor:
         logits = vit(images)
-        return F.cross_entropy(logits, numbers % logits.shape[1])
+        wanted = (numbers % logits.shape[-1]).view(-1, *[1] * (logits.ndim - 2)).expand(logits.shape[:-1])
+        return F.cross_entropy(logits.flatten(0, -2), wanted.flatten())
 
     return step_work(vit, loss, precision, images.device)
 
@@ -191,7 +192,7 @@ def throughput(
         vits[""].set_degree(degree)
         for name, part in parts.items():
             vits[name].attach(part).set_degree(degree)
-        images = random_images(vits[""], settings.batch_size, device)
+        images = vits[""].example(settings.batch_size)
         work = {name: inference_work(vit, images, settings.precision) for name, vit in vits.items()}
         times = side_by_side(work, settings, device)
         training = _training_columns({name: vits[name] for name in (None, "")}, images, settings)
@@ -223,9 +224,7 @@ def throughput(
     return rows
 
 
-def _training_columns(
-    vits: dict[str | None, CompressedViT], images: torch.Tensor, settings: ThroughputSettings
-) -> dict:
+def _training_columns(vits: dict[str | None, Compressed], images: torch.Tensor, settings: ThroughputSettings) -> dict:
     """Return the training throughput of the compressed model (""), measured beside the uncompressed one (None)."""
     if not settings.training:
         return {}
@@ -244,16 +243,9 @@ def _training_columns(
 
 def _make(
     backbone: str | os.PathLike, device: torch.device, job: ThroughputJob, learned: str | os.PathLike | None
-) -> CompressedViT:
+) -> Compressed:
     model, about = load_model(backbone)
     if job.image_size is not None:
         set_image_size(model, job.image_size)
     compressor = job.compressor if learned is None else load_part(learned, "compressor")
     return compress(model.to(device), about, compressor).eval()
-
-
-def random_images(vit: CompressedViT, batch_size: int, device: torch.device) -> torch.Tensor:
-    """Return a batch of random numbers [B, 3, H, W] of the size that the model takes, always the same ones."""
-    patch = vit.model.patch_embed
-    shape = (batch_size, patch.proj.in_channels, *patch.img_size)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)

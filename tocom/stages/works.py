@@ -25,11 +25,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from tocom.data.scenes import IGNORED
-from tocom.methods import DEFAULTS
-from tocom.models import compress, create
-from tocom.parts import Compensator, Shape, make_part
+from tocom.methods import COMPENSATORS, DEFAULTS
+from tocom.models import BUILDERS, compress, create
+from tocom.parts import Compensator, make_part
 from tocom.settings import BenchmarkSettings, FinetuneSettings, LearnSettings
-from tocom.stages.throughput import inference_work, random_images, side_by_side, step_work
+from tocom.stages.throughput import inference_work, side_by_side, step_work
 from tocom.tasks.segment import Segmenter, make_head, pixel_loss
 from tocom.training import make_optimizer
 from tocom.vit import CompressedViT
@@ -54,8 +54,17 @@ class Subject:
         """Return a new one."""
         # Weights that were trained without labels have no classifier, which a study gives them.
         kwargs = {"num_classes": 1000} | self.kwargs if self.head is None else self.kwargs | {"num_classes": 0}
+        if self.architecture in BUILDERS:
+            kwargs = self.kwargs
         model = create(self.architecture, kwargs).to(device)
         return compress(model, {"proportional_attention": self.proportional_attention}, self.compressor)
+
+    @property
+    def pixels(self) -> int:
+        """Pixels of one of its images; a token of a text counts as a patch of 8 x 8."""
+        if self.architecture in BUILDERS:
+            return 8**2 * self.kwargs.get("max_position_embeddings", 2048)
+        return self.kwargs["img_size"] ** 2
 
     @property
     def parameters(self) -> int:
@@ -88,17 +97,17 @@ def teacher_degree(degree: int) -> int:
 def finetuning(subject: Subject, max_degree: int, settings: BenchmarkSettings, device: torch.device) -> Work:
     """Return a fine-tuning step: forward, cross-entropy, backward and optimizer, of all weights."""
     recipe, vit = FinetuneSettings(), subject.vit(device)
-    module, images = _with_head(subject, vit), random_images(vit, settings.batch_size, device)
+    module, images = _with_head(subject, vit), vit.example(settings.batch_size)
     optimizer = make_optimizer(module.train(), recipe)
-    shape, classes = ((len(images),), vit.model.num_classes)
-    if subject.head is not None:
-        shape, classes = ((len(images), *images.shape[-2:]), subject.head[1])
+    shape = (len(images), *(images.shape[-2:] if subject.head else images.shape[1:] if vit.reads == "text" else ()))
+    classes = subject.head[1] if subject.head else vit.outputs(vit.model)
     labels = torch.randint(classes, shape, generator=torch.Generator().manual_seed(0)).to(device)
 
     def loss() -> torch.Tensor:
         if subject.head is not None:
             return pixel_loss(module(images), labels, IGNORED)
-        return F.cross_entropy(module(images), labels, label_smoothing=recipe.label_smoothing)
+        logits = module(images).flatten(0, -2)
+        return F.cross_entropy(logits, labels.flatten(), label_smoothing=recipe.label_smoothing)
 
     work = step_work(module, loss, settings.precision, device, optimizer)
     return Work(module, vit.set_degree, work, (optimizer, images))
@@ -108,7 +117,7 @@ def distillation(subject: Subject, max_degree: int, settings: BenchmarkSettings,
     """Return a distillation step: teacher, student with the compensator, backward and optimizer of the latter."""
     teacher, student = (subject.vit(device) for _ in range(2))
     objective = _compensator(teacher, max_degree).objective(teacher, student, whole=False).to(device).train()
-    images = random_images(student, settings.batch_size, device)
+    images = student.example(settings.batch_size)
     optimizer = make_optimizer(objective, LearnSettings())
     work = step_work(objective, lambda: objective(images), settings.precision, device, optimizer)
     return Work(objective, lambda degree: objective.set((teacher_degree(degree), degree)), work, (optimizer, images))
@@ -119,7 +128,7 @@ def evaluation(subject: Subject, max_degree: int, settings: BenchmarkSettings, d
     vit = subject.vit(device)
     module = _with_head(subject, vit).eval()
     vit.attach(_compensator(vit, max_degree).to(device))
-    images = random_images(vit, settings.batch_size, device)
+    images = vit.example(settings.batch_size)
     return Work(module, vit.set_degree, inference_work(module, images, settings.precision), (images,))
 
 
@@ -140,7 +149,7 @@ def _with_head(subject: Subject, vit: CompressedViT) -> nn.Module:
 
 def _compensator(vit: CompressedViT, max_degree: int) -> Compensator:
     """Return a compensator whose update is not zero, as a learned one's is."""
-    result = make_part("compensator", DEFAULTS["compensator"], Shape.of(vit.model), max_degree)
+    result = make_part("compensator", COMPENSATORS[vit.reads], vit.shape, max_degree)
     for parameter in result.parameters():
         nn.init.normal_(parameter, std=0.01)
     return result

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from tocom.compressed import Compressed
 from tocom.errors import TocomError
 from tocom.settings import Settings
-from tocom.vit import CompressedViT
 
 #: Splits of more bytes than that stay in main memory, and go to a GPU batch by batch.
 RESIDENT_BYTES = 4 * 2**30
@@ -58,11 +58,11 @@ class Task(abc.ABC):
     def check(self, model: nn.Module) -> None:
         """Raise TocomError unless the task's images have the size that a timm ViT takes."""
 
-    def module(self, vit: CompressedViT, settings: Settings) -> nn.Module:
+    def module(self, vit: Compressed, settings: Settings) -> nn.Module:
         """Return what maps images to the task's outputs; its head, if it has one of its own, is new."""
         return vit
 
-    def restore(self, vit: CompressedViT, about: dict) -> nn.Module:
+    def restore(self, vit: Compressed, about: dict) -> nn.Module:
         """Return what :meth:`module` made, with the weights that its checkpoint holds."""
         return vit
 
@@ -76,7 +76,7 @@ class Task(abc.ABC):
 
     @abc.abstractmethod
     def training(
-        self, module: nn.Module, vit: CompressedViT, settings: Settings, seed: int, workers: int
+        self, module: nn.Module, vit: Compressed, settings: Settings, seed: int, workers: int
     ) -> tuple[Callable[[Any], Tensor], Callable | None]:
         """Return the loss of a micro-batch, and what feeds it (None: the indices of its images are enough)."""
 

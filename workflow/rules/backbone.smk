@@ -1,4 +1,4 @@
-"""Backbones that the config does not name as files: timm's, and those that are pre-trained on procedural letters."""
+"""Backbones that the config does not name as files: timm's, and those that are pre-trained on letters or on text."""
 
 
 rule import_backbone:
