@@ -42,7 +42,7 @@ def _table(run: Run, backbone: str, scope: Scope, methods: Sequence[str]) -> Tab
             rows.append([Text(run.title(method)), Text(train), *cells])
     header = ["method", "train degree", *(_heading(run, backbone, scope, methods, degree) for degree in degrees)]
     caption = (
-        f"Perplexity of a byte, and in brackets bits a byte: {averages(scope, len(run.study.seeds))}; the perplexity is"
+        f"Perplexity of a byte, and in brackets bits a byte: {averages(run, scope)}; the perplexity is"
         " 2 to the mean of the bits. Columns: inference degree, bytes of keys and values that are kept at most while a"
         f" full context is read, and their share of all. {_texts(run, scope)}"
     )

@@ -56,7 +56,7 @@ def pretrain(job: PretrainJob, output: str | os.PathLike) -> dict:
 
         record = fit(
             step,
-            wrapped if drawn else model,
+            wrapped,
             len(items),
             settings,
             job.seed,

@@ -50,9 +50,8 @@ class Letters:
         return torch.from_numpy(images), torch.from_numpy(labels)
 
     def loss(self, wrapped: Compressed, items: Tensor, wanted: Tensor, label_smoothing: float) -> Tensor:
-        """Return the cross-entropy; at degree 0 that of timm's own forward pass."""
-        run = wrapped if wrapped.degree else wrapped.model
-        logits = run(wrapped.inputs(items, wrapped.model))
+        """Return the cross-entropy."""
+        logits = wrapped(wrapped.inputs(items, wrapped.model))
         return F.cross_entropy(logits, wanted, label_smoothing=label_smoothing)
 
     def score(self, wrapped: Compressed, items: Tensor, wanted: Tensor) -> float:
