@@ -74,14 +74,16 @@ def _state(output: Path) -> Path:
     return output.parent.with_name(f"{output.parent.name}.{output.name}")
 
 
-def _start(job: AdaptJob, learned: Paths | None, seed: int, shape: Shape) -> Compensator:
+def _start(job: AdaptJob, learned: Paths | None, seed: int, source: int, shape: Shape) -> Compensator:
+    """Return what is adapted; what was learned for another source degree than the model's is no help to start from."""
     torch.manual_seed(derive_seed(seed, "compensator"))
+    fresh = make_part("compensator", job.compensator, shape, job.max_degree)
     if learned is None:
-        return make_part("compensator", job.compensator, shape, job.max_degree)
+        return fresh
     part = load_part(file_of_seed(learned, seed), "compensator")
-    if describe(part) != describe(make_part("compensator", job.compensator, shape, job.max_degree)):
+    if describe(part) != describe(fresh):
         raise TocomError(f"{learned} holds {describe(part)}, the job is about {job.compensator}; give one of that kind")
-    return part
+    return part if part.source in (None, source) else fresh
 
 
 def _adapt(
@@ -93,7 +95,7 @@ def _adapt(
     student, _ = load_model(checkpoint, drop_path_rate=settings.drop_path)
     source, seed = source_degree(meta["train_degree"]), meta["seed"]
     family = family_of(teacher)
-    part = _start(job, learned, seed, family.shape_of(teacher))
+    part = _start(job, learned, seed, source, family.shape_of(teacher))
     both = [compress(model.to(task.device), meta, meta["compressor"], source) for model in (teacher, student)]
     part.compressor = describe(both[0].compressor)
     objective = part.objective(*both, settings.compile is not None).to(task.device)
