@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.small import refusal
 from tocom.analysis.planned import endpoint
-from tocom.jobs import EvaluateJob, FinetuneJob, LearnJob, Plan, read_job
+from tocom.jobs import EvaluateJob, FinetuneJob, LearnJob, Plan, concerns, read_job
 from tocom.methods import PARTS
 from tocom.parts import part_class
 from tocom.settings import STAGES, EvaluateSettings, FinetuneSettings, PretrainSettings
@@ -400,3 +400,27 @@ def test_what_a_config_states_is_kept_where_it_is_also_the_default():
     timm = {"name": "v", "timm": "vit_small_patch16_224", "weights": "w.pth", "image_size": 32, "patch_size": 4}
     study = parse_study(changed(backbones=[timm]))
     assert parse_study(json.loads(study.as_json())) == study
+
+
+def test_methods_of_fewer_degrees_and_seeds_share_the_checkpoints_of_those_with_more():
+    methods = {
+        "tome": {"compressor": "tome", "seeds": [0, 1]},
+        "few": {"like": "tome", "compensator": "widecom", "adapt": {}, "train_degrees": [0], "seeds": [1]},
+        "other": {"like": "tome", "seeds": [2]},
+        "longer": {"like": "tome", "finetune": {"epochs": 9}},
+    }
+    config = changed(methods=methods, compare=[["tome", "few"]], endpoint={})
+    study = parse_study(config)
+    assert study.first_tuned == {"tome": "tome", "few": "tome", "other": "other", "longer": "longer"}
+    assert study.finetune_for("digits", "longer").epochs == 9
+    plan, batch = Plan({"config": config}), next(iter(study.batches("tome")))
+    where = SimpleNamespace(study=study.study, backbone=study.backbones[0].name, task="digits", batch=batch)
+    where.tuned, where.method = "tome", "few"
+    assert plan.compensators(where) == []
+    assert plan.adapted(where, "{method}/{task}/{batch}") == [("few", f"few/digits/{batch}")]
+    assert [Path(file).stem.rpartition("_")[2] for file in plan.adapted_from(where)] == ["seed-1"]
+    job = plan.evaluate(where)
+    assert (job.methods["few"].train_degrees, job.methods["few"].seeds) == (("0",), (1,))
+    meant = [(label, seed) for label in ("0", "4") for seed in (0, 1) if concerns(job.methods["few"], label, seed)]
+    assert meant == [("0", 1)]
+    assert not concerns(plan.adapt(where), "4", 1)

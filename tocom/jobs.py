@@ -143,8 +143,15 @@ class AdaptJob(Job):
     """Adapt a compensator to the checkpoints of one task, on its images without labels."""
 
     compensator: PartSpec = Field(DEFAULTS["compensator"], description="what is adapted")
+    train_degrees: tuple[str, ...] | None = Field(None, description="of the checkpoints to adapt to; null: all")
+    seeds: tuple[int, ...] | None = Field(None, description="of the checkpoints to adapt to; null: all")
     max_degree: int = Field(ge=1, description="highest degree")
     settings: AdaptSettings = AdaptSettings()
+
+
+def concerns(it: AdaptJob | EvaluatedMethod, train_degree: str, seed: int) -> bool:
+    """Return whether a job, or a method of it, is about the checkpoint of a train degree and seed."""
+    return (it.train_degrees is None or train_degree in it.train_degrees) and (it.seeds is None or seed in it.seeds)
 
 
 class EvaluatedMethod(Settings):
@@ -152,6 +159,8 @@ class EvaluatedMethod(Settings):
 
     compensated: bool = Field(False, description="whether it adds a compensator, whose file is given")
     infer_degrees: tuple[int, ...] = Field(min_length=1)
+    train_degrees: tuple[str, ...] | None = Field(None, description="of the checkpoints it is about; null: all")
+    seeds: tuple[int, ...] | None = Field(None, description="of the checkpoints it is about; null: all")
     scales: tuple[float, ...] | None = Field(
         None, min_length=1, description="candidate scales; null: those of the settings"
     )
@@ -365,6 +374,8 @@ class Plan:
         study, name = self.study(wildcards), wildcards.method
         return AdaptJob(
             compensator=study.methods[name].compensator.described(),
+            train_degrees=study.train_degrees_of(name),
+            seeds=study.seeds_of(name),
             max_degree=study.max_degree,
             settings=study.adapt_for(name),
         )
@@ -387,6 +398,8 @@ class Plan:
             name: EvaluatedMethod(
                 compensated=study.methods[name].compensator is not None,
                 infer_degrees=study.infer_degrees_of(name),
+                train_degrees=study.train_degrees_of(name),
+                seeds=study.seeds_of(name),
                 scales=study.methods[name].scales,
             )
             for name in study.sharing(wildcards.tuned)
@@ -442,14 +455,16 @@ class Plan:
     def timed_compensators(self, wildcards: Any) -> list[tuple[str, str]]:
         """Return (method, file) of the compensators that are timed beside ``tuned``: any seed costs the same."""
         study = self.study(wildcards)
-        seeds = study.seeds_of(wildcards.tuned)[:1]
-        return self._files_of(study, wildcards.backbone, self.measured_with(study, wildcards.tuned), seeds)
+        methods = self.measured_with(study, wildcards.tuned)
+        found = [self._files_of(study, wildcards.backbone, [name], study.seeds_of(name)[:1]) for name in methods]
+        return [file for files in found for file in files]
 
     @staticmethod
     def _files_of(
         study: Study, backbone: str, methods: Iterable[str], seeds: Iterable[int], role: str = "compensator"
     ) -> list[tuple[str, str]]:
-        files = [(method, study.learned_file(backbone, method, seed, role)) for method, seed in product(methods, seeds)]
+        wanted = [(method, seed) for method, seed in product(methods, seeds) if seed in study.seeds_of(method)]
+        files = [(method, study.learned_file(backbone, method, seed, role)) for method, seed in wanted]
         return [(method, str(path)) for method, path in files if path is not None]
 
     def _seeds_of(self, wildcards: Any, tuned: str | None = None) -> list[int]:

@@ -605,7 +605,7 @@ class Study(Settings):
         return self.methods[method].max_degree or self.max_degree
 
     def tuned_as(self, method: str) -> str:
-        """Return the first method with the same compressor (learned alike), tuning and train degrees.
+        """Return the first method with the same compressor (learned alike) and tuning, and all train degrees and seeds.
 
         They share checkpoints.
         """
@@ -615,13 +615,17 @@ class Study(Settings):
     def first_tuned(self) -> dict[str, str]:
         """What :meth:`tuned_as` returns, of every method."""
         recipes = {name: self._tuned(name) for name in self.methods}
-        return {name: next(first for first in recipes if recipes[first] == recipes[name]) for name in recipes}
+        points = {name: {*product(self.train_degrees_of(name), self.seeds_of(name))} for name in self.methods}
+        return {
+            name: next(first for first in recipes if recipes[first] == recipes[name] and points[name] <= points[first])
+            for name in recipes
+        }
 
     def _tuned(self, name: str) -> tuple:
         method = self.methods[name]
         learned = method.compressor.part.learns(method.compressor.options) and self.learn_for(name)
-        degrees = self.train_degrees_of(name), self.max_degree_of(name), self.seeds_of(name)
-        return method.compressor.described(), learned, method.tuning.described(), method.finetune, degrees
+        tuned = method.tuning.described(), method.finetune, self.max_degree_of(name)
+        return method.compressor.described(), learned, *tuned
 
     def learns(self, method: str) -> bool:
         """Return whether a method has a part that is learned on the backbone, once for all tasks."""

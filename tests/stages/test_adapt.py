@@ -99,9 +99,9 @@ def test_it_starts_from_what_was_learned_with_the_models_seed(backbone, checkpoi
         torch.testing.assert_close(result.state_dict()[name], value, rtol=0, atol=1e-9)
     message = refusal(run, checkpoints / FILE, digits, tmp_path / "b", files, **still | {"compensator": WHOLE})
     assert "the job is about" in message
+    assert not list((tmp_path / "b").iterdir())
     assert "start: zero, not both" in refusal(run, checkpoints / FILE, digits, tmp_path / "b", files)
     assert "start: zero, not both" in refusal(run, checkpoints / FILE, digits, tmp_path / "b", start="learned")
-    assert not (tmp_path / "b").exists()
 
 
 def test_evaluation_takes_the_file_of_each_model_and_no_other(checkpoints, digits, adapted, tmp_path):

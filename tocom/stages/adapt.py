@@ -14,7 +14,7 @@ import torch
 from tocom import distributed
 from tocom.errors import TocomError
 from tocom.files import Paths, checkpoint_files, sha256, write_rows
-from tocom.jobs import AdaptJob
+from tocom.jobs import AdaptJob, concerns
 from tocom.models import compress, family_of, load_model, pick_device
 from tocom.parts import Compensator, Shape, describe, file_of_seed, load_part, make_part, save_part, source_degree
 from tocom.seeds import derive_seed
@@ -57,7 +57,8 @@ def adapt(
         raise TocomError("give the learned compensator to start from (--learned), or set start: zero, not both")
     with distributed.processes(device):
         task, written = load_task(data, device), []
-        files = [path for path in checkpoint_files(checkpoints) if _degree(path) is not None]
+        files = [path for path in checkpoint_files(checkpoints) if _is_meant(job, path)]
+        output.mkdir(parents=True, exist_ok=True)  # also where none of the checkpoints is meant
         for path in files:
             written.append(_adapt(job, path, task, output / path.name, data, learned, workers))
         for path in files:
@@ -65,8 +66,10 @@ def adapt(
     return written
 
 
-def _degree(path: Path) -> int | None:
-    return source_degree(load_model(path)[1]["train_degree"])
+def _is_meant(job: AdaptJob, path: Path) -> bool:
+    meta = load_model(path)[1]
+    label = str(meta["train_degree"])
+    return source_degree(label) is not None and concerns(job, label, meta["seed"])
 
 
 def _state(output: Path) -> Path:
@@ -112,7 +115,6 @@ def _adapt(
     about |= family.how(meta) | family.run_as(teacher)
     about |= {"seed": seed, "recipe": settings.recipe(), "adapted_to": inputs["checkpoint"]}
     if distributed.is_main():
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_rows(trained.pop("epochs"), output.with_suffix(".csv"))
         part.metadata = about | trained
         save_part(output, part)

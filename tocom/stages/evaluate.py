@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tocom.compressed import Compressed, gflops
 from tocom.errors import TocomError
 from tocom.files import Paths, checkpoint_files, listed, save_arrays, sha256
-from tocom.jobs import EvaluatedMethod, EvaluateJob
+from tocom.jobs import EvaluatedMethod, EvaluateJob, concerns
 from tocom.models import compress, family_of, load_model, pick_device
 from tocom.parts import Compensator, file_of_seed, kind_of, load_part, source_degree
 from tocom.settings import PLAIN, EvaluateSettings
@@ -108,7 +108,11 @@ def evaluate_checkpoint(
             f"{checkpoint} was fine-tuned for {meta.get('task')!r}, not for {task.name!r}; check the paths"
         )
     source = source_degree(meta["train_degree"])
-    chosen = {name: how for name, how in job.methods.items() if source is not None or not how.compensated}
+    chosen = {
+        name: how
+        for name, how in job.methods.items()
+        if concerns(how, str(meta["train_degree"]), meta["seed"]) and (source is not None or not how.compensated)
+    }
     methods = [_method(name, how, compensators, checkpoint, meta["seed"]) for name, how in chosen.items()]
     for method in methods:
         if method.compensator is not None:
