@@ -1,8 +1,8 @@
 """WideCom: a compensator of our own that changes every layer of a block (docs/methods/widecom.md).
 
-Wide, as it changes all that a block consists of: each linear layer by a low-rank update for every step of one degree,
-as ToCom does with q and v alone, and each bias and each norm's weight and bias by a vector for every step. It learns to
-give what the teacher classifies, the normed class token: a new task goes on from that, and not from the old classes.
+Wide, as it changes all that a block consists of: each linear layer by a matrix, and each bias and norm by a vector, in
+proportion to the distance of the two degrees. It learns to give what the teacher classifies, the normed class token: a
+new task goes on from that, and not from the old classes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class WideComOptions(StepOptions):
         2.0, ge=0, description="pairs of degrees are drawn in proportion to their distance to this power"
     )
     layers: tuple[Literal["q", "k", "v", "proj", "fc1", "fc2"], ...] = Field(
-        LAYERS, description="linear layers that get a low-rank update"
+        LAYERS, description="linear layers that are updated"
     )
     vectors: tuple[Literal["biases", "norms", "last_norm"], ...] = Field(
         VECTORS,
@@ -73,17 +73,18 @@ class WideComOptions(StepOptions):
 
 
 class WideCom(StepCompensator):
-    """Low-rank updates of linear layers, and vectors for biases and norms.
+    """Updates of linear layers, and vectors for biases and norms.
 
     Attributes:
-        down, up: by layer (that of q, k and v is ``qkv``), as in :class:`tocom.steps.LowRank`.
+        matrix: by layer (that of q, k and v is ``qkv``), as in :class:`tocom.steps.Whole`; or, with a rank,
+        down, up: as in :class:`tocom.steps.LowRank`.
         vector: by kind of vector (``norm1_weight``) [depth, steps, length], zero at the start.
     """
 
     Options = WideComOptions
     title = "WideCom"
     reference = "docs/methods/widecom.md"
-    trains = "for every step of one degree, low-rank updates of all linear layers, and vectors for biases and norms"
+    trains = "changes of all linear layers, biases and norms"
     needs = "the backbone's pre-training images, no labels"
 
     def __init__(self, options: WideComOptions | None = None, shape: Shape | None = None, max_degree: int = 1):
