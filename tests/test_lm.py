@@ -13,7 +13,8 @@ import transformers
 import tocom
 from tests.small import build, refusal
 from tests.small_lm import KWARGS, build_lm, shake, tokens
-from tocom import CompressedLM, CompressedViT, gflops, load_model, make_part, save_model
+from tocom import CompressedLM, CompressedViT, gflops, load_model, save_model
+from tocom.compressed import cost
 from tocom.methods import PARTS
 from tocom.models import compress, create
 from tocom.parts import describe, part_class
@@ -111,6 +112,16 @@ def test_the_cache_shrinks_with_the_degree_from_what_all_keys_and_values_take(ki
 
 
 @each_compressor
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_a_compressor_saves_is_the_cache(kind, dtype):
+    lm = CompressedLM(build_lm().to(dtype), kind)
+    assert lm.compressor.saves == "bytes of keys and values"
+    for degree in (0, highest(lm)):
+        assert cost(lm.set_degree(degree)) == lm.cache_bytes() == lm.cache_bytes(256)
+    assert lm.set_degree(0).cache_bytes() == 2 * 2 * 256 * 16 * dtype.itemsize
+
+
+@each_compressor
 @torch.no_grad()
 def test_a_changed_model_comes_back_from_its_checkpoint_with_the_compressor_of_the_pre_trained_one(kind, tmp_path):
     lm = CompressedLM(build_lm().float(), kind)
@@ -144,7 +155,7 @@ def test_what_is_not_supported_is_refused_in_one_line():
     message = refusal(CompressedLM, build_lm(), "tome")
     assert "is for models that read images" in message
     assert "LlamaForCausalLM reads text" in message
-    assert "is for models that read text" in refusal(CompressedViT, build(), PLAIN)
+    assert "is for models that read text" in refusal(CompressedViT, build(), "beacon")
     assert "VisionTransformer is not supported" in refusal(CompressedLM, build(), PLAIN)
     assert "sliding window" in refusal(CompressedLM, of_transformers("Mistral", sliding_window=8), PLAIN)
     assert "no option 'hidden_sise' (did you mean 'hidden_size'?)" in refusal(create, "llama", {"hidden_sise": 16})
@@ -154,10 +165,9 @@ def test_what_is_not_supported_is_refused_in_one_line():
     assert "out of range" in refusal(lm.set_degree, highest(lm) + 1)
     assert "degree -1 is out of range" in refusal(lm.set_degree, -1)
     assert lm.degree == 0
-    assert make_part("compressor", PLAIN, lm.shape).reads == ("text",)
 
 
-@pytest.mark.parametrize("page", ["lorc_lm", "beacon"])
+@pytest.mark.parametrize("page", ["lorc", "beacon"])
 def test_the_lines_of_a_page_run_as_they_stand_on_a_model_of_a_user(page, capsys):
     text = (ROOT / "docs" / "methods" / f"{page}.md").read_text()
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]

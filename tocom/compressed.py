@@ -184,5 +184,5 @@ def gflops(model: Compressed, size: Any = None) -> float:
 
 def cost(model: Compressed) -> float:
     """Return what one input takes at the present degree of what the compressor ``saves``, in that unit."""
-    own = model.compressor.cost(model.degree)
+    own = model.compressor.cost(model)
     return gflops(model) if own is None else own

@@ -66,6 +66,7 @@ class TextCompressor(Compressor):
 
     reads = ("text",)
     axis = "how much less is kept of keys and values"
+    saves = "bytes of keys and values"
 
     def read(self, lm: CompressedLM, tokens: Tensor) -> Tensor:
         """Return the final features [B, T, D] of tokens [B, T]."""
@@ -88,6 +89,15 @@ class TextCompressor(Compressor):
     def kept(self, counts: tuple[int, ...], tokens: int) -> int:
         """Return how many numbers are kept at most while a context of so many tokens is read, all layers together."""
         return 2 * self.shape.keys * tokens * len(counts)
+
+    def cost(self, model: Compressed, tokens: int | None = None) -> int:
+        """Return the bytes of what is :meth:`kept`, in the type of the model's weights.
+
+        Args:
+            tokens: of the context; by default all that the model takes.
+        """
+        counts = self.counts(model.degree, self.shape.depth)
+        return self.kept(counts, tokens or self.shape.tokens) * next(model.model.parameters()).element_size()
 
 
 class CompressedLM(Compressed):
@@ -168,8 +178,7 @@ class CompressedLM(Compressed):
         Args:
             tokens: of the context; by default all that the model takes.
         """
-        kept = self.compressor.kept(self._counts, tokens or self.shape.tokens)
-        return kept * next(self.model.parameters()).element_size()
+        return self.compressor.cost(self, tokens)
 
     # --- forward --------------------------------------------------------------------------------------------
 

@@ -196,10 +196,10 @@ class Compressor(Part):
         pre-trained weights belongs into buffers, which checkpoints hold, and must not be taken from a second model.
         """
 
-    def cost(self, degree: Degree) -> float | None:
-        """Return how much of what it saves one input takes, at the model's own input size.
+    def cost(self, model: Compressed) -> float | None:
+        """Return how much of what it saves one input of a model's own size takes, at its present degree.
 
-        None stands for GFLOPs, which are counted on a model; see :func:`tocom.compressed.cost`.
+        None stands for GFLOPs, which are counted; see :func:`tocom.compressed.cost`.
         """
         return None
 

@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from tocom import distributed
-from tocom.degrees import Degree
+from tocom.compressed import Compressed
 from tocom.errors import TocomError
 from tocom.parts import SIXTEENTHS, Attention, Shape, Share, Tokens
 from tocom.settings import Settings
@@ -87,9 +87,9 @@ class Pipeline(Share):
         """Return the bytes that are sent of ``n`` numbers without ``count`` >= 1 sixteenths."""
         raise NotImplementedError
 
-    def cost(self, degree: Degree) -> float:
+    def cost(self, model: Compressed) -> float:
         """Return the bytes that one image takes at all cuts, forward, with 4 bytes for a number sent as it is."""
-        counts, n = self.counts(degree, self.shape.depth), self.shape.tokens * self.shape.dim
+        counts, n = self.counts(model.degree, self.shape.depth), self.shape.tokens * self.shape.dim
         return sum(self.size(n, counts[cut]) if counts[cut] else NUMBER * n for cut in self.cuts)
 
     def around_mlp(self, tokens: Tokens, attention: Attention, mlp: Callable[[Tensor], Tensor]) -> Tokens:

@@ -1,16 +1,19 @@
-"""LoRC: ranks by depth, projections against the decomposition, the latent form, and whose bases they are."""
+"""LoRC on ViTs and language models: ranks by depth, projections against the decomposition, latents, whose bases."""
 
 from copy import deepcopy
 from math import log
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.small import ARCHITECTURE, KWARGS, beside, build, refusal, tune
-from tocom import CompressedViT, load_model, make_part, save_model
+from tests.small_lm import build_lm, tokens
+from tocom import CompressedLM, CompressedViT, load_model, make_part, save_model
 from tocom.compressed import cost
+from tocom.lm import heads
 from tocom.methods.lorc import LoRC, LoRCOptions, directions, log_condition, progressive, truncate
 from tocom.models import compress
 from tocom.parts import Shape
@@ -68,11 +71,23 @@ def test_a_degree_keeps_its_share_of_all_ranks(make_vit, ranks):
         dropped = vit.compressor.counts(degree, 3)
         assert sum(24 - count for count in dropped) == max(3, round(72 * (1 - degree / 16)))
         assert list(dropped) == sorted(dropped)
-        assert cost(vit.set_degree(degree)) == 4 * 2 * 17 * (72 - sum(dropped))
+        assert cost(vit.set_degree(degree)) == 8 * 2 * 17 * (72 - sum(dropped))  # 8 bytes of float64
         if ranks == "uniform":
             assert max(dropped) - min(dropped) <= 1
     assert vit.compressor.counts([0, 5, 0], 3) == (0, vit.compressor.counts(5, 3)[1], 0)
     assert "goes up to 15" in refusal(vit.set_degree, 16)
+
+
+@pytest.mark.parametrize("ranks", ["progressive", "uniform"])
+def test_a_degree_keeps_the_same_share_of_a_language_models_keys_and_values(ranks):
+    lm = CompressedLM(build_lm(), {"kind": "lorc", "ranks": ranks})
+    for degree in range(16):
+        dropped = lm.set_degree(degree).compressor.counts(degree, 2)
+        assert list(dropped) == sorted(dropped)
+        assert lm.cache_bytes() == cost(lm) == round((1 - degree / 16) * 32) * 2 * 256 * 8
+        assert lm.cache_bytes(64) == lm.cache_bytes() / 4
+    assert lm.compressor.counts([0, 5], 2) == (0, lm.compressor.counts(5, 2)[1])
+    assert "goes up to 15" in refusal(lm.set_degree, [0, 16])
 
 
 def test_ranks_do_not_depend_on_the_type_of_the_weights(make_vit):
@@ -89,10 +104,11 @@ def test_ranks_do_not_depend_on_the_type_of_the_weights(make_vit):
 def test_what_is_lost_of_a_weight_is_the_singular_values_dropped(shape):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     basis, singular = directions(weight)
-    assert basis.shape == (shape[0], min(shape))
-    torch.testing.assert_close(truncate(weight.T, basis).T, weight)
-    for rank in range(1, min(shape)):
-        left = truncate(weight.T, basis[:, :rank]).T
+    zero = torch.zeros(shape[0], dtype=torch.float64)
+    torch.testing.assert_close(basis.T @ basis, torch.eye(shape[0], dtype=torch.float64))
+    torch.testing.assert_close(singular, torch.linalg.svdvals(weight))
+    for rank in range(1, min(shape) + 1):
+        left = truncate(weight.T, basis[:, :rank], zero).T
         torch.testing.assert_close(left, projected(weight, rank))
         torch.testing.assert_close((weight - left).square().sum(), singular[rank:].square().sum())
 
@@ -148,6 +164,45 @@ def test_it_is_the_model_whose_weights_are_truncated(make_vit, images, settings)
     torch.testing.assert_close(vit(images), model(images), rtol=0, atol=1e-9)
 
 
+#: Keys of two heads that queries share; with biases; keys that are wider [32] than what they are made of [16].
+LMS = pytest.mark.parametrize("overrides", [{}, {"attention_bias": True}, {"num_key_value_heads": 4}], ids=str)
+
+
+def projections(model):
+    return [layer for block in model.model.layers for layer in (block.self_attn.k_proj, block.self_attn.v_proj)]
+
+
+@LMS
+@pytest.mark.parametrize("ranks", ["progressive", "uniform"])
+@torch.no_grad()
+def test_it_is_the_language_model_whose_weights_are_truncated(overrides, ranks):
+    lm = CompressedLM(build_lm(**overrides), {"kind": "lorc", "ranks": ranks}, 7)
+    logits, width = lm(tokens()), lm.shape.keys
+    for index, linear in enumerate(projections(lm.model)):
+        u, s, vt = np.linalg.svd(linear.weight.numpy(), full_matrices=False)
+        s[width - lm.compressor.counts(7, 2)[index // 2] :] = 0
+        linear.weight.copy_(torch.from_numpy(u * s @ vt))
+    torch.testing.assert_close(logits, lm.model(tokens()).logits, rtol=1e-9, atol=1e-9)
+
+
+@torch.no_grad()
+def test_values_of_a_language_model_read_as_latents_give_what_expanded_ones_do():
+    lm = CompressedLM(build_lm(), "lorc", 9)
+    attn, x = lm.model.model.layers[1].self_attn, torch.randn(2, 10, 16, dtype=torch.float64)
+    basis = torch.linalg.svd(attn.v_proj.weight)[0][:, : 16 - lm.compressor.counts(9, 2)[1]]
+    weights = torch.rand(2, 4, 10, 10, dtype=torch.float64).softmax(-1)
+    layer, values = lm.layers()[1], attn.v_proj(x)
+    expanded = heads(lm.compressor.keep(layer, values, values)[1], attn).repeat_interleave(2, dim=1)
+    through_out = attn.o_proj((weights @ expanded).transpose(1, 2).flatten(2))
+    latents = values @ basis  # [2, 10, rank], all that is cached
+    absorbed = torch.zeros_like(through_out)
+    for head in range(4):
+        out = attn.o_proj.weight[:, 8 * head : 8 * head + 8]  # [16, head_dim]
+        shared = basis[8 * (head // 2) : 8 * (head // 2) + 8]  # [head_dim, rank], of the head of values
+        absorbed += weights[:, head] @ latents @ (out @ shared).T
+    torch.testing.assert_close(absorbed, through_out)
+
+
 # --- whose bases ------------------------------------------------------------------------------------------------------
 
 
@@ -170,6 +225,25 @@ def test_changes_of_the_weights_pass_through_the_bases_of_the_weights_before(mak
         qkv.weight.copy_(left @ (qkv.weight + change))
         qkv.bias += left @ shift
     torch.testing.assert_close(vit(images), plain(images), rtol=0, atol=1e-9)
+
+
+@LMS
+@torch.no_grad()
+def test_so_do_changes_of_a_language_models_weights(overrides):
+    model, plain, generator = build_lm(**overrides), build_lm(**overrides), torch.Generator().manual_seed(0)
+    lm = CompressedLM(model, "lorc", 7)
+    counts, width = lm.compressor.counts(7, 2), lm.shape.keys
+    for index, (linear, other) in enumerate(zip(projections(model), projections(plain), strict=True)):
+        basis = torch.linalg.svd(linear.weight)[0][:, : width - counts[index // 2]]
+        left = basis @ basis.T
+        linear.weight += torch.randn(linear.weight.shape, generator=generator).double() / 5
+        other.weight.copy_(left @ linear.weight)
+        if linear.bias is not None:
+            shift = torch.randn(width, generator=generator).double() / 5
+            linear.bias += shift
+            other.bias += left @ shift
+    torch.testing.assert_close(lm(tokens()), plain(tokens()).logits, rtol=0, atol=1e-9)
+    torch.testing.assert_close(lm.set_degree(0)(tokens()), model(tokens()).logits, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["tocom", "widecom"])

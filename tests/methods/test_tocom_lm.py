@@ -9,7 +9,7 @@ from tests.small_lm import KWARGS, build_lm, tokens
 from tocom import CompressedLM, CompressedViT, load_part, make_part, save_model, save_part
 from tocom.methods.tocom_lm import MODULES
 
-LORC = {"kind": "lorc_lm"}
+LORC = {"kind": "lorc"}
 
 
 @torch.no_grad()
@@ -51,7 +51,7 @@ def test_changes_are_sums_over_steps_of_products_of_the_named_layers():
     assert {key.split(".")[-2] for key in some.deltas(0, 1)} == {"q_proj", "o_proj"}
 
 
-@pytest.mark.parametrize("compressor", ["lorc_lm", "beacon"])
+@pytest.mark.parametrize("compressor", ["lorc", "beacon"])
 @torch.no_grad()
 def test_beside_the_weights_it_does_what_it_does_folded_in(compressor):
     part, text = drawn(4), tokens(2, 80)

@@ -28,7 +28,7 @@ from tocom.stages.throughput import throughput
 from tocom.study import parse_study
 from tocom.tasks.language import scored
 
-LORC = {"compressor": "lorc_lm", "task_kind": "language", "max_degree": 15}
+LORC = {"compressor": "lorc", "task_kind": "language", "max_degree": 15}
 QUICK = {"batch_size": 8, "lr": 1e-2}
 PRETRAIN = {"epochs": 2, "images": 96, "held_out": 16, "batch_size": 8, "lr": 1e-2, "threads": 1, "device": "cpu"}
 
@@ -36,7 +36,7 @@ PRETRAIN = {"epochs": 2, "images": 96, "held_out": 16, "batch_size": 8, "lr": 1e
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory):
     path = tmp_path_factory.mktemp("backbone") / "llama.safetensors"
-    job = PretrainJob(architecture="llama", kwargs=KWARGS, compressor="lorc_lm", degrees=(0, 8, 15), settings=PRETRAIN)
+    job = PretrainJob(architecture="llama", kwargs=KWARGS, compressor="lorc", degrees=(0, 8, 15), settings=PRETRAIN)
     return path, pretrain(job, path)
 
 
@@ -58,7 +58,7 @@ def cells(backbone, headers, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cells")
     paths = [tune(backbone, headers, folder / "x", "8", seed, settings=QUICK, **LORC)[0] for seed in (0, 1)]
     learn = {"images": 16, "held_out": 8, "batch_size": 8}
-    teach(backbone, folder / "part", learn, compressor="lorc_lm", compensator="tocom_lm", max_degree=15)
+    teach(backbone, folder / "part", learn, compressor="lorc", compensator="tocom_lm", max_degree=15)
     methods = {"lorc": {"infer_degrees": [0, 8, 15]}}
     methods["lorc_tocom"] = {"infer_degrees": [0, 8, 15], "compensated": True, "scales": [1]}
     job = EvaluateJob(backbone="llama", methods=methods, settings={"device": "cpu", "batch_size": 7})
@@ -76,9 +76,9 @@ def test_pretraining_saves_bits_and_says_what_it_read(pretrained):
     model, stored = load_model(path)
     assert stored["bits_saved"] == about["bits_saved"]
     # The bases are those of the trained weights, not of the first ones.
-    lm = compress(model, stored, "lorc_lm", 15)
+    lm = compress(model, stored, "lorc", 15)
     basis, _, _ = torch.linalg.svd(model.model.layers[1].self_attn.k_proj.weight.double())
-    assert torch.allclose((basis.T @ lm.compressor.k_basis[1].double()).abs(), torch.eye(16).double(), atol=1e-4)
+    assert torch.allclose((basis.T @ lm.compressor.bases[1, 0].double()).abs(), torch.eye(16).double(), atol=1e-4)
 
 
 def test_a_cell_holds_the_bits_of_its_model_and_a_compensator_is_folded_in(cells, headers):
@@ -149,7 +149,7 @@ def test_fine_tuning_learns_and_a_killed_one_resumes_to_the_same_bytes(backbone,
     assert losses.loss[1] < losses.loss[0]
 
 
-@pytest.mark.parametrize(("compressor", "compensator"), [("beacon", None), ("lorc_lm", "tocom_lm")])
+@pytest.mark.parametrize(("compressor", "compensator"), [("beacon", None), ("lorc", "tocom_lm")])
 def test_a_killed_learning_resumes_to_the_same_bytes(compressor, compensator, backbone, tmp_path):
     job = {"compressor": compressor, "compensator": compensator}
 
@@ -185,7 +185,7 @@ def test_beacons_that_were_learned_train_on_with_all_weights(backbone, headers, 
 def test_speed_is_measured_with_the_cost_that_cells_have(backbone, cells):
     settings = {"batch_size": 2, "repeats": 2, "warmup": 1, "device": "cpu", "training": True}
     job = ThroughputJob(
-        methods={"lorc": False, "lorc_tocom": True}, compressor="lorc_lm", degrees=(0, 8), settings=settings
+        methods={"lorc": False, "lorc_tocom": True}, compressor="lorc", degrees=(0, 8), settings=settings
     )
     rows = throughput(job, backbone, {"lorc_tocom": cells[3]})
     assert [row["image_size"] for row in rows] == [256] * 4
@@ -201,7 +201,7 @@ def test_what_does_not_fit_is_refused(backbone, headers, digits, tmp_path):
     assert "does not read" in refusal(tune, "glyph_vit", headers, tmp_path / "x", settings=QUICK, **LORC)
     assert "is a task to classify" in refusal(tune, backbone, digits, tmp_path / "x", settings=QUICK, **LORC)
     for settings in ({"augmentation": "shift"}, {"source": str(tmp_path)}):
-        message = refusal(teach, backbone, tmp_path / "part", settings, compressor="lorc_lm", compensator="tocom_lm")
+        message = refusal(teach, backbone, tmp_path / "part", settings, compressor="lorc", compensator="tocom_lm")
         assert "text is learned on as it is bundled" in message
     config = yaml.safe_load(LANGUAGE.read_text())
     config["methods"]["lorc"]["compressor"] = "tome"

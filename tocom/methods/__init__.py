@@ -22,7 +22,6 @@ PARTS: dict[str, dict[str, str]] = {
         "lorc": "tocom.methods.lorc:LoRC",
         "condense": "tocom.methods.condense:Condense",
         "beacon": "tocom.methods.beacon:Beacon",
-        "lorc_lm": "tocom.methods.lorc_lm:LoRC",
     },
     "tuning": {
         "full": "tocom.methods.full:Full",

@@ -1,7 +1,8 @@
 """Low-rank keys and values (LoRC, arXiv 2410.03111): what would be cached of a token is a short latent.
 
 The pre-trained projections have a singular value decomposition each; keys and values are replaced by their projection
-onto its first directions. Early layers keep more of them: their errors pass through more layers.
+onto its first directions. Early layers keep more of them: their errors pass through more layers. For ViTs and language
+models alike; docs/methods/lorc.md tells the rest.
 """
 
 from __future__ import annotations
@@ -15,24 +16,24 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from tocom.degrees import Degree
+from tocom.lm import CompressedLM, Layer, TextCompressor
 from tocom.parts import SIXTEENTHS, Shape, Share, Tokens, left_of, split_heads
 from tocom.settings import Settings
 
 #: Singular values below this share of the largest are taken for this share in condition numbers.
 SMALLEST = 1e-6
-#: Bytes of a number in a cache.
-NUMBER = 4
 
 
 def directions(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the directions of what a projection puts out [out, m], the most important first, and singular values [m].
+    """Return the directions of what a projection puts out [out, out], the most important first, and singular values.
 
-    In float64 on the CPU, so that every device comes to the same; m = min(out, in).
+    In float64 on the CPU, so that every device comes to the same. There are min(out, in) singular values.
 
     Args:
         weight: of a linear layer [out, in]; keys of several heads count as one.
     """
-    left, singular, _ = torch.linalg.svd(weight.detach().cpu().double(), full_matrices=False)
+    out, ins = weight.shape
+    left, singular, _ = torch.linalg.svd(weight.detach().cpu().double(), full_matrices=out > ins)
     return left, singular
 
 
@@ -50,7 +51,7 @@ def progressive(conditions: Sequence[float], full: int, total: int) -> list[int]
     be below 1, it is 1 and d_max is less. Fractions go to the largest remainders, so that the sum is exact.
 
     Args:
-        conditions: log condition numbers of each layer's keys and values, added up.
+        conditions: log condition numbers of each layer's projections to keys and to values, added up.
         total: from the number of layers to ``full`` for each of them.
     """
     n = len(conditions)
@@ -74,11 +75,24 @@ def shared_out(parts: Sequence[float], total: int) -> list[int]:
     return [number + (i in more) for i, number in enumerate(whole)]
 
 
-def truncate(x: Tensor, basis: Tensor, offset: Tensor | None = None) -> Tensor:
+def truncate(x: Tensor, basis: Tensor, offset: Tensor) -> Tensor:
     """Return keys or values x [..., out] projected onto directions [out, rank], what lies beyond an offset [out]."""
-    if offset is None:
-        return (x @ basis) @ basis.T
     return (offset + ((x - offset) @ basis) @ basis.T).to(x.dtype)
+
+
+def projections(model: nn.Module) -> list[list[tuple[Tensor, Tensor]]]:
+    """Return each layer's weight [out, in] and bias [out] to keys, and those to values; 0 where there is no bias."""
+    if CompressedLM.takes(model):
+        attentions = [layer.self_attn for layer in model.model.layers]
+        found = [[(part.weight, part.bias) for part in (attn.k_proj, attn.v_proj)] for attn in attentions]
+    else:
+        found = [_key_and_value(block.attn.qkv) for block in model.blocks]
+    return [[(w, w.new_zeros(len(w)) if bias is None else bias) for w, bias in parts] for parts in found]
+
+
+def _key_and_value(qkv: nn.Module) -> list[tuple[Tensor, Tensor | None]]:
+    biases = [None] * 3 if qkv.bias is None else qkv.bias.chunk(3)
+    return list(zip(qkv.weight.chunk(3), biases, strict=True))[1:]
 
 
 class LoRCOptions(Settings):
@@ -90,21 +104,26 @@ class LoRCOptions(Settings):
     )
 
 
-class LoRC(Share):
-    """Project keys and values onto directions of the pre-trained weights, which stay as they are."""
+class LoRC(Share, TextCompressor):
+    """Project keys and values onto directions of the pre-trained weights, which stay as they are.
+
+    Attributes:
+        width: of the keys, and of the values, of all heads. bases, offsets: directions, and biases, of the projections
+            to keys and to values [depth, 2, width, width] and [depth, 2, width]. ranks: by sixteenth [16, depth].
+    """
 
     Options = LoRCOptions
     title = "LoRC"
     reference = "arXiv 2410.03111"
     axis = "16ths of the ranks of keys and values that are dropped"
-    saves = "bytes of keys and values"
+    reads = ("images", "text")
     needs = "the backbone's weights"
 
     def __init__(self, options: LoRCOptions | None = None, shape: Shape | None = None, max_degree: int = 0):
         super().__init__(options, shape, max_degree)
-        depth, dim = (shape.depth, shape.dim) if shape else (0, 0)
-        self.register_buffer("bases", torch.zeros(depth, 2, dim, dim))
-        self.register_buffer("offsets", torch.zeros(depth, 2, dim))
+        depth, self.width = (shape.depth, shape.keys or shape.dim) if shape else (0, 0)
+        self.register_buffer("bases", torch.zeros(depth, 2, self.width, self.width))
+        self.register_buffer("offsets", torch.zeros(depth, 2, self.width))
         self.register_buffer("ranks", torch.zeros(SIXTEENTHS, depth, dtype=torch.int64))  # 0: of no model yet
 
     @classmethod
@@ -115,23 +134,22 @@ class LoRC(Share):
     @torch.no_grad()
     def fit_to(self, model: nn.Module) -> None:
         """Take directions, biases and ranks from the first model that it sees, unless they were loaded."""
-        layers = [block.attn.qkv for block in model.blocks]
-        like = layers[0].weight
+        layers = projections(model)
+        like = layers[0][0][0]
         if like.is_meta or self.ranks.any():
             return
         bases, conditions = [], []
         for layer in layers:
-            found = [directions(part) for part in layer.weight.chunk(3)[1:]]
-            bases.append(torch.stack([basis for basis, _ in found]))
+            found = [directions(weight) for weight, _ in layer]
+            bases.append(torch.stack([basis.to(like) for basis, _ in found]))
             conditions.append(sum(log_condition(singular) for _, singular in found))
-        self.bases = torch.stack(bases).to(like)
-        biases = [torch.zeros(3 * self.shape.dim) if layer.bias is None else layer.bias for layer in layers]
-        self.offsets = torch.stack([torch.stack(bias.chunk(3)[1:]) for bias in biases]).to(like)
+        self.bases = torch.stack(bases)
+        self.offsets = torch.stack([torch.stack([bias for _, bias in layer]) for layer in layers]).to(like)
         ranks = [self._ranks(conditions, count) for count in range(SIXTEENTHS)]
         self.ranks = torch.tensor(ranks, device=like.device)
 
     def _ranks(self, conditions: Sequence[float], count: int) -> list[int]:
-        n, full = len(conditions), self.shape.dim
+        n, full = len(conditions), self.width
         total = max(n, left_of(n * full, count))
         if self.options.ranks == "uniform":
             return shared_out([total / n] * n, total)
@@ -142,18 +160,24 @@ class LoRC(Share):
         counts = super().counts(degree, depth)
         if not any(counts):
             return counts
-        return tuple(self.shape.dim - int(self.ranks[count, block]) for block, count in enumerate(counts))
+        return tuple(self.width - int(self.ranks[count, block]) for block, count in enumerate(counts))
 
-    def cost(self, degree: Degree) -> float:
-        """Return the bytes of the latent keys and values of one image in all blocks, 4 for each number."""
-        dropped = self.counts(degree, self.shape.depth)
-        return NUMBER * 2 * self.shape.tokens * sum(self.shape.dim - count for count in dropped)
+    def kept(self, counts: tuple[int, ...], tokens: int) -> int:
+        """Return how many numbers the latents of so many tokens are, all layers together."""
+        return 2 * tokens * sum(self.width - count for count in counts)
 
     def project(self, attn: nn.Module, x: Tensor, tokens: Tokens) -> Sequence[Tensor]:
-        """Return queries, and keys and values of the block's rank, all heads as one."""
+        """Return a ViT's queries, and its keys and values of the block's rank, all heads as one."""
         if not tokens.count:
             return super().project(attn, x, tokens)
         q, *rest = attn.qkv(x).chunk(3, dim=-1)
-        rank = self.shape.dim - tokens.count
-        bases, offsets = self.bases[tokens.block, :, :, :rank], self.offsets[tokens.block]
-        return split_heads(attn, q, *map(truncate, rest, bases, offsets))
+        return split_heads(attn, q, *self._truncated(tokens.block, tokens.count, *rest))
+
+    def keep(self, layer: Layer, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return a language model's keys and values [B, T, keys] of the layer's rank; keys are not rotated yet."""
+        return self._truncated(layer.index, layer.count, k, v) if layer.count else (k, v)
+
+    def _truncated(self, block: int, count: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        bases, offsets = self.bases[block, :, :, : self.width - count], self.offsets[block]
+        k, v = map(truncate, (k, v), bases, offsets)
+        return k, v
