@@ -124,9 +124,7 @@ rule costs:
         curves=lambda wildcards: [
             str(Path(file).with_suffix(".csv")) for file in PLAN.all_learned(wildcards)
         ],
-        checkpoints=lambda wildcards: PLAN.per_model(
-            PLAN.study(wildcards), CHECKPOINTS
-        ),
+        checkpoints=lambda wildcards: PLAN.per_model(PLAN.study(wildcards), CHECKPOINTS),
         adapted=lambda wildcards: PLAN.per_model(
             PLAN.study(wildcards), ADAPTED, of="adapted"
         ),
