@@ -106,6 +106,7 @@ def test_jobs_are_those_counted_by_hand():
         "study": 1,
         "cells": 1,
         "compare": 1,
+        "costs": 1,
         "tables": 1,
         "figures": 1,
         "gather_throughput": 1,

@@ -275,7 +275,7 @@ def test_studies_with_other_seeds_share_what_both_learn_and_every_seed_goes_its_
     assert plan.compensators(it) == [("added", file) for file in files["compensator"][:3:2]]
     assert (plan.timed_compressor(it), plan.timed_compensators(it)) == (
         files["compressor"][:1], [("added", files["compensator"][0])])  # fmt: skip
-    assert plan.all_learned(SimpleNamespace(study="b")) == files["compensator"][2:]
+    assert plan.all_learned(SimpleNamespace(study="b")) == files["compressor"][2:] + files["compensator"][2:]
 
 
 def test_a_task_changes_sections_key_by_key():

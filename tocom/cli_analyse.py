@@ -63,8 +63,21 @@ def concat(
 
 
 @app.command()
+def costs(folder: FolderArgument, output: Output) -> None:
+    """Gather what every method needs into one tidy table: images, labels, steps, minutes and bytes of its trainings."""
+    from tocom.analysis.costs import gather
+    from tocom.analysis.run import Run
+    from tocom.files import write_rows
+
+    rows = gather(Run.read(folder))
+    if not rows:
+        raise TocomError(f"no training of this study in {folder}; run some of it first")
+    write_rows(rows, output)
+
+
+@app.command()
 def tables(folder: FolderArgument, output: FolderOption) -> None:
-    """Write the tables main, tasks, significance, methods, variance and throughput as Markdown, HTML and LaTeX."""
+    """Write the tables main, tasks, significance, methods, variance, costs, throughput as Markdown, HTML and LaTeX."""
     from tocom.analysis.report import write_tables
 
     write_tables(folder, output)

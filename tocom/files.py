@@ -175,7 +175,7 @@ def _sort_header(path: Path) -> None:
         stream.write(json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
-def _read(path: str | os.PathLike, framework: str) -> tuple[dict, dict[str, Any]]:
+def _read(path: str | os.PathLike, framework: str, whole: bool = True) -> tuple[dict, dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -184,7 +184,7 @@ def _read(path: str | os.PathLike, framework: str) -> tuple[dict, dict[str, Any]
     try:
         with safe_open(path, framework=framework) as file:
             metadata = _decode(file.metadata() or {})
-            return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118, it is no dict
+            return {name: file.get_tensor(name) for name in file.keys() if whole}, metadata  # noqa: SIM118, no dict
     except (SafetensorError, ValueError) as error:
         _refuse_pickle(path)
         reason = str(error).splitlines()[0]
@@ -237,6 +237,15 @@ def save_arrays(path: str | os.PathLike, arrays: dict, metadata: dict[str, Any] 
 def load_arrays(path: str | os.PathLike) -> tuple[dict, dict[str, Any]]:
     """:func:`load_tensors` for NumPy arrays; does not import torch."""
     return _read(path, "np")
+
+
+def load_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """Return the metadata of a safetensors file, without reading what else it holds.
+
+    Raises:
+        TocomError: see :func:`load_tensors`.
+    """
+    return _read(path, "np", whole=False)[1]
 
 
 def sha256(path: str | os.PathLike) -> str:

@@ -33,6 +33,7 @@ from tocom.settings import (
 )
 from tocom.study import (
     FINETUNE,
+    ROLES,
     Checkpoint,
     DataSettings,
     Spec,
@@ -289,11 +290,11 @@ class Plan:
                     f" store {store}; give one of them another name"
                 )
             pairs = [(method, seed) for method in study.methods for seed in study.seeds_of(method)]
-            for (method, seed), role in product(pairs, ("compressor", "compensator")):
+            for (method, seed), role in product(pairs, ROLES):
                 name = study.learned_name(backbone.name, method, seed, role)
                 if name is not None:
                     key = (store, backbone.name, name)
-                    self.learned.setdefault(key, _learn_job(study, backbone.name, method, seed, role))
+                    self.learned.setdefault(key, learn_job(study, backbone.name, method, seed, role))
                     behind = study.learned_file(backbone.name, method, seed, "compressor")
                     if role == "compensator" and behind is not None:
                         self.learned_behind[key] = str(behind)
@@ -522,11 +523,11 @@ class Plan:
         ]
 
     def all_learned(self, wildcards: Any) -> list[str]:
-        """Return the files of all compensators of a study."""
+        """Return the files of all that a study learns on its backbones."""
         study = self.study(wildcards)
         found = [
-            self._files_of(study, backbone.name, [method], study.seeds_of(method))
-            for backbone, method in product(study.backbones, study.methods)
+            self._files_of(study, backbone.name, [method], study.seeds_of(method), role)
+            for backbone, method, role in product(study.backbones, study.methods, ROLES)
         ]
         return list(dict.fromkeys(file for files in found for _, file in files))
 
@@ -552,20 +553,21 @@ class Plan:
         """Return a pattern filled in for everything of a study that it stands for.
 
         Args:
-            of: "checkpoints": every batch of checkpoints; "gaps": methods whose gap is carried between tasks;
-                "speed": the first method of every compressor.
+            of: "checkpoints": every batch of checkpoints; "adapted": the batches that a method's compensator is adapted
+                to; "gaps": methods whose gap is carried between tasks; "speed": the first method of every compressor.
         """
         chosen = {
             "checkpoints": study.tuned,
+            "adapted": [name for name, method in study.methods.items() if method.adapt is not None],
             "gaps": [name for name in study.tuned if study.gap_degrees(name)],
             "speed": [name for name in study.tuned if self._first_of_compressor(study, name)],
         }
         found = dict.fromkeys(
-            pattern.format(study=study.study, backbone=backbone.name, tuned=tuned, task=task, batch=batch)
+            pattern.format(study=study.study, backbone=backbone.name, tuned=tuned, method=tuned, task=task, batch=batch)
             for backbone in study.backbones
             for tuned in chosen[of]
             for task in study.task_names
-            for batch in study.batches(tuned)
+            for batch in study.batches(study.tuned_as(tuned))
         )
         return list(found)
 
@@ -575,7 +577,8 @@ class Plan:
         return name == next(tuned for tuned in study.tuned if study.methods[tuned].compressor.described() == wanted)
 
 
-def _learn_job(study: Study, backbone: str, method: str, seed: int, role: str) -> LearnJob:
+def learn_job(study: Study, backbone: str, method: str, seed: int, role: str) -> LearnJob:
+    """Return the job that learns the compressor or the compensator of a method on a backbone."""
     chosen, settings = study.methods[method], study.learn_for(method)
     source = settings.source or study.backbone(backbone).images
     return LearnJob(

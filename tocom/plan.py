@@ -23,7 +23,7 @@ from tocom.data.listing import SPLITS
 from tocom.data.registry import DEFAULT_VAL, GENERATED, TASKS, listing_of, pretraining_files
 from tocom.data.texts import CONTEXT
 from tocom.errors import TocomError
-from tocom.files import load_arrays
+from tocom.files import load_metadata
 from tocom.jobs import Plan
 from tocom.parts import make_part, source_degree
 from tocom.settings import BenchmarkSettings, LearnSettings, Optimisation
@@ -70,13 +70,11 @@ def jobs_by_rule(plan: Plan) -> dict[str, int]:
         entry = study.backbone(name)
         counts.update(import_backbone=entry.timm is not None, pretrain_backbone=entry.architecture is not None)
     for study in plan.studies.values():
-        counts.update(("study", "cells", "compare", "tables", "figures", "gather_throughput"))
+        counts.update(("study", "cells", "compare", "costs", "tables", "figures", "gather_throughput"))
         counts.update(paper_table=study.paper is not None, gather_transfer=study.transfer, prepare=len(study.tasks))
         batches = len(plan.per_model(study, "{backbone} {tuned} {task} {batch}"))
         gaps, speed = (len(plan.per_model(study, "{backbone} {tuned}", of)) for of in ("gaps", "speed"))
-        adapted = [name for name, method in study.methods.items() if method.adapt is not None]
-        each = sum(len(study.batches(study.tuned_as(name))) for name in adapted)
-        counts.update(adapt=each * len(study.tasks) * len(study.backbones))
+        counts.update(adapt=len(plan.per_model(study, "{backbone} {tuned} {task} {batch}", "adapted")))
         counts.update(finetune=batches, evaluate=batches, transfer=gaps, throughput=speed)
     return {rule: count for rule, count in counts.items() if count} | {"all": 1}
 
@@ -103,7 +101,7 @@ def sizes_of(study: Study, name: str) -> Mapping[str, float]:
             pass  # not there yet
     prepared = study.root / "data" / f"{name}.safetensors"
     if not entry.is_downloaded and prepared.is_file():
-        return load_arrays(prepared)[1]["sizes"]
+        return load_metadata(prepared)["sizes"]
     there = dict.fromkeys(SPLITS[::2], math.nan) | (_stated(name) if entry.is_downloaded else {})
     share = wanted["val"] or DEFAULT_VAL
     if "val" not in there:  # drawn from the training images, as tocom.data.registry does
@@ -147,7 +145,7 @@ def passes(plan: Plan, sizes: Sizes) -> Iterator[Passes]:
             yield Passes("pretrain", "evaluation", subject, "fp32", scored, it.held_out * len(scored))
     for (store, name, _), job in plan.learned.items():
         subject, it = subject_of(plan.backbones[store, name], name, job.compressor), job.settings
-        images, held_out = _learned_on(it, job.data_root)
+        images, held_out = learned_on(it, job.data_root)
         degrees, scored = range(job.max_degree + 1), 2 * held_out * (it.epochs + 1)  # by teacher and student
         yield Passes("learn", "distillation", subject, it.precision, degrees, _trained(images, it))
         yield Passes("learn", "evaluation", subject, it.precision, degrees, scored)
@@ -164,10 +162,10 @@ def passes(plan: Plan, sizes: Sizes) -> Iterator[Passes]:
 
 def _trained(images: float, settings: Optimisation) -> float:
     """Return the images of all epochs: where images are mixed, the partial batch at the end of each is left out."""
-    return settings.epochs * (images - (images % settings.batch_size if getattr(settings, "mixes", False) else 0))
+    return settings.epochs * (images - (images % settings.batch_size if settings.mixes else 0))
 
 
-def _learned_on(settings: LearnSettings, root: str) -> tuple[float, float]:
+def learned_on(settings: LearnSettings, root: str) -> tuple[float, float]:
     """Return how many images a part is learned on, and how many are held out, a tenth at most."""
     there = math.inf  # there is no end of letters
     if settings.source is not None:
@@ -229,7 +227,7 @@ def subject_of(study: Study, name: str, compressor: object = None, segments: boo
     entry, task = study.backbone(name), study.task_names[0]
     architecture, kwargs, attention = entry.timm or entry.architecture, entry.kwargs, entry.proportional_attention
     if architecture is None:
-        about = load_arrays(resolve(entry.checkpoint))[1]
+        about = load_metadata(resolve(entry.checkpoint))
         architecture, kwargs = about["architecture"], about["kwargs"]
         attention = about.get("proportional_attention", True)
     attention = default_proportional_attention(architecture) if attention is None else attention

@@ -6,6 +6,7 @@ workflow with thousands of jobs is planned quickly.
 
 from __future__ import annotations
 
+import math
 import reprlib
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
@@ -157,6 +158,15 @@ class Optimisation(Settings):
         """Learning rate after linear scaling with the batch size."""
         return self.lr * self.batch_size / self.lr_batch if self.lr_batch else self.lr
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed; batches are then of even size and the last, partial one is left out."""
+        return False
+
+    def steps(self, images: int) -> int:
+        """Return the steps of one epoch on so many images."""
+        return images // self.batch_size if self.mixes else math.ceil(images / self.batch_size)
+
 
 class Augmentation(Settings):
     """How training images are changed; the strong kind is that of DeiT (arXiv 2012.12877, table 9), by timm."""
@@ -175,7 +185,7 @@ class Augmentation(Settings):
 
     @property
     def mixes(self) -> bool:
-        """Whether images of a batch are mixed; batches are then of even size and the last, partial one is left out."""
+        """See :attr:`Optimisation.mixes`."""
         return self.mixup > 0 or self.cutmix > 0
 
 

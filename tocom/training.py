@@ -179,7 +179,6 @@ def fit(
     resume: Path | None = None,
     begin: Callable[[], None] | None = None,
     feed: Callable[[int, list[Tensor]], Iterator] | None = None,
-    drop_last: bool = False,
 ) -> dict:
     """Train ``module`` in place and leave it with the parameters and buffers of its best epoch.
 
@@ -198,7 +197,6 @@ def fit(
         begin: called at the start of every step with the same random state in all processes: draws degrees.
         feed: (epoch, pieces) -> an iterator with an item for each of these index tensors [B]; by default the
             indices themselves.
-        drop_last: leave out the partial batch at the end of an epoch.
 
     Returns:
         ``best_epoch`` (from 1), ``score`` of it, ``losses`` by epoch, ``seconds`` (those before an interruption
@@ -209,7 +207,7 @@ def fit(
             few images for one batch, or the micro-batches do not fit the processes.
     """
     begin, feed = begin or (lambda: None), feed or (lambda epoch, pieces: iter(pieces))
-    trainer = _Trainer(module, n_images, settings, drop_last, title, resume)
+    trainer = _Trainer(module, n_images, settings, title, resume)
     # Random states follow micro-batches, of which there is one for every process unless their size is stated.
     processes = distributed.world_size() if settings.micro_batch_size is None else None
     fingerprint = [title, seed, n_images, settings.recipe(), identity, processes]
@@ -230,13 +228,12 @@ def fit(
 class _Trainer:
     """The state of one run of :func:`fit` and what a step does to it."""
 
-    def __init__(self, module, n_images: int, settings: Optimisation, drop_last: bool, title: str, resume: Path | None):
+    def __init__(self, module, n_images: int, settings: Optimisation, title: str, resume: Path | None):
         self.settings, self.n_images, self.title, self.resume = settings, n_images, title, resume
         self.module = module
         self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.device = next(iter(self.parameters.values())).device
-        self.drop_last = drop_last
-        self.per_epoch = n_images // settings.batch_size if drop_last else math.ceil(n_images / settings.batch_size)
+        self.per_epoch = settings.steps(n_images)
         if not self.per_epoch:
             raise TocomError(
                 f"{title}: {n_images} images do not fill a batch of {settings.batch_size}; make it smaller"

@@ -517,7 +517,7 @@ def test_the_commands_write_tables_and_a_line_for_each_study(study, tmp_path, mo
     assert [line.rsplit("|")[-2].strip() for line in text.splitlines() if "| made_up" in line] == ["run", "not run"]
     assert (tmp_path / "all.tex").is_file()
     names = {path.stem for path in (tmp_path / "out").glob("*.tex")}
-    assert names == {"main", "tasks", "significance", "methods", "variance", "throughput", "paper"}
+    assert names == {"main", "tasks", "significance", "methods", "variance", "costs", "throughput", "paper"}
     made_up.change(study, paper=None)
     with pytest.raises(TocomError, match="names no form of table"):
         write_paper(study, tmp_path)

@@ -67,7 +67,14 @@ def test_a_run_leaves_every_cell_table_and_figure_of_its_methods(finished, monke
     assert {"norm", "norm_tocom"} < set(cells.method)
     tests = pd.read_csv(root / "significance.csv")
     assert set(zip(tests.before, tests.after, strict=True)) == set(study.compare)
-    for name in ("main", "tasks", "significance", "throughput"):
+    costs = pd.read_csv(root / "costs.csv")
+    assert set(costs[["method", "what"]].itertuples(index=False, name=None)) == {
+        *((method, "finetune") for method in study.methods),
+        *((method, "learn compensator") for method, entry in study.methods.items() if entry.compensator),
+    }
+    assert (costs.seeds == 2).all()
+    assert "not run" not in (root / "tables" / "costs.md").read_text()
+    for name in ("main", "tasks", "significance", "costs", "throughput"):
         assert (root / "tables" / f"{name}.md").read_text().startswith("### ")
         assert "\\toprule" in (root / "tables" / f"{name}.tex").read_text()
     assert "norm pruning" in (root / "tables" / "main.md").read_text()

@@ -61,7 +61,7 @@ def test_a_tiny_run_of_every_study_makes_a_complete_set_of_tables(tmp_path):
     assert result.returncode == 0, result.stdout + result.stderr
     for config in configs:
         study, root = read_study(config), folder / "results" / config.stem
-        for table in ("main", "tasks", "significance", "throughput", "paper"):
+        for table in ("main", "tasks", "significance", "costs", "throughput", "paper"):
             for kind in ("md", "tex", "html"):
                 assert (root / "tables" / f"{table}.{kind}").stat().st_size > 0
         # Matched models are run only at the degrees that a study trains at.

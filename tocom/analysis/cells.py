@@ -26,7 +26,9 @@ FURTHER = ("cache_bytes",)
 #: What rows are sorted by; rows that are equal in it keep the order of the files.
 _ORDER = ("backbone", "compressor", "task", "seed", "train_degree", "infer_degree", "compensated")
 #: Columns that stay text even where they look like numbers.
-TEXT = dict.fromkeys(("study", "backbone", "method", "compressor", "task", "train_degree", "compensator"), str)
+TEXT = dict.fromkeys(
+    ("study", "backbone", "method", "made_for", "compressor", "task", "train_degree", "compensator"), str
+)
 
 
 def _read_all(files: Iterable[os.PathLike]) -> Iterable[tuple[tuple, str, dict, NDArray]]:

@@ -12,11 +12,10 @@ import pandas as pd
 from tocom.analysis.cells import checked
 from tocom.analysis.run import Run
 from tocom.errors import TocomError
+from tocom.study import ROLES
 
 #: Columns of such a file, a row an epoch: loss of the training, held_out: what the best epoch is chosen by.
 COLUMNS = ("epoch", "loss", "held_out")
-#: Roles of the parts of a method that may be learned.
-ROLES = ("compressor", "compensator")
 
 
 @dataclass(frozen=True)
@@ -94,12 +93,9 @@ def convergence(run: Run, longer: Run) -> pd.DataFrame:
 
 
 def _tuned(run: Run, backbone: str) -> Iterator[Curve]:
-    root = run.folder / "checkpoints" / backbone
     for tuned, task in product(run.study.tuned, run.study.task_names):
-        for batch, checkpoints in run.study.batches(tuned).items():
-            for checkpoint in checkpoints:
-                file = (root / tuned / task / batch / checkpoint.file).with_suffix(".csv")
-                yield Curve(file, task, tuned, checkpoint.train_degree, checkpoint.seed)
+        for checkpoint, file in run.model_files("checkpoints", backbone, tuned, task):
+            yield Curve(file.with_suffix(".csv"), task, tuned, checkpoint.train_degree, checkpoint.seed)
 
 
 def _learned(run: Run, backbone: str) -> Iterator[Curve]:

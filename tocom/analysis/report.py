@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tocom.analysis.across import methods_table, variance_table
+from tocom.analysis.costs import serving_table, trainings_table
 from tocom.analysis.paper import paper_tables
 from tocom.analysis.perplexity import perplexity_tables
 from tocom.analysis.planned import task_scopes
@@ -34,6 +35,7 @@ def make_tables(run: Run) -> dict[str, list[Table]]:
         "significance": [table(run, name) for name in run.backbones for table in (significance_table, harm_table)],
         "methods": [methods_table(run, name) for name in run.backbones],
         "variance": [variance_table(run, name) for name in run.backbones],
+        "costs": [table(run, name) for name in run.backbones for table in (serving_table, trainings_table)],
         "throughput": [throughput_table(run, name) for name in run.backbones],
     }
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -26,10 +26,19 @@ from tocom.analysis.planned import (
     train_degrees,
 )
 from tocom.analysis.published import Published, read_published
-from tocom.files import load_arrays
+from tocom.files import load_metadata
 from tocom.settings import PLAIN
 
+if TYPE_CHECKING:
+    from tocom.study import Checkpoint
+
 _THROUGHPUT = ("backbone", "method", "infer_degree", "compensated", "ratio")
+_COSTS = (
+    *("study", "backbone", "method", "what", "made_for", "task", "train_degree", "seeds"),
+    *("images", "labels", "steps", "minutes", "bytes"),
+)
+#: What of it may not be known.
+_UNKNOWN = ("images", "labels", "steps")
 _TRANSFER = ("backbone", "method", "source_task", "target_task", "seed", "train_degree", "infer_degree", "accuracy")
 #: Two methods that are compared: before and after.
 Compared = tuple[str, str]
@@ -79,6 +88,7 @@ class Run:
     harm: pd.DataFrame
     throughput: pd.DataFrame
     transfer: pd.DataFrame
+    costs: pd.DataFrame
     _found: dict[tuple, dict[tuple, Any]] = field(default_factory=dict)
 
     @classmethod
@@ -110,6 +120,7 @@ class Run:
             _read(folder / "harm.csv", compare.HARM_COLUMNS),
             _read(folder / "throughput.csv", _THROUGHPUT),
             _read(folder / "transfer.csv", _TRANSFER, keep_default_na=False),
+            _read(folder / "costs.csv", _COSTS, keep_default_na=False, na_values=dict.fromkeys(_UNKNOWN, "")),
         )
 
     @property
@@ -187,6 +198,17 @@ class Run:
         keys = [(backbone, m, train, point.infer) for m, train in trains if is_compensated(self.study, m)]
         return bool(keys) and all(self._found["scales", scope].get(key) == 0 for key in keys)
 
+    def model_files(self, stage: str, backbone: str, method: str, task: str) -> Iterator[tuple[Checkpoint, Path]]:
+        """Yield the planned checkpoints of a method on a task, with the files that are, or would be, theirs.
+
+        Args:
+            stage: the folder: "checkpoints", by the name that they are kept under; "adapted", what is adapted to them.
+        """
+        root = self.folder / stage / backbone / method / task
+        for batch, checkpoints in self.study.batches(self.study.tuned_as(method)).items():
+            for checkpoint in checkpoints:
+                yield checkpoint, root / batch / checkpoint.file
+
     def learned_file(self, backbone: str, method: str, seed: int, role: str = "compensator") -> Path | None:
         """Return the file of what a method learned with a seed, in the study's folder wherever that is, or None."""
         file = self.study.learned_file(backbone, method, seed, role)
@@ -197,7 +219,7 @@ class Run:
         """Return what stands beside what a method learned with a seed; nothing where there is none, or not yet."""
         file = self.learned_file(backbone, method, seed, role)
         if file not in self._found:
-            self._found[file] = load_arrays(file)[1] if file is not None and file.is_file() else {}
+            self._found[file] = load_metadata(file) if file is not None and file.is_file() else {}
         return self._found[file]
 
     def _of(self, scope: Scope) -> pd.DataFrame:

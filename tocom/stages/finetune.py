@@ -183,7 +183,6 @@ class _Run:
             resume_path(self.state(checkpoint)),
             lambda: tuning.begin(vit),
             loader,
-            drop_last=getattr(settings, "mixes", False),
         )
         tuning.finish(model)
         kept = {"best_epoch": record["best_epoch"], "val_score": record["score"][0], "epochs": record["epochs"]}

@@ -237,7 +237,6 @@ def train(
         resume_path(output),
         lambda: objective.set(objective.draw()),
         loader,
-        drop_last=settings.mixes,
     )
     best = -record["score"][0]
     kept = {"best_epoch": record["best_epoch"], "epochs": record["epochs"]}

@@ -113,9 +113,43 @@ rule compare:
         "tocom analyse compare {params.folder} --output {params.folder} > {log} 2>&1"
 
 
+rule costs:
+    input:
+        study=STUDY,
+        data=lambda wildcards: [
+            DATA.format(study=wildcards.study, task=task)
+            for task in PLAN.study(wildcards).task_names
+        ],
+        learned=lambda wildcards: PLAN.all_learned(wildcards),
+        curves=lambda wildcards: [
+            str(Path(file).with_suffix(".csv")) for file in PLAN.all_learned(wildcards)
+        ],
+        checkpoints=lambda wildcards: PLAN.per_model(PLAN.study(wildcards), CHECKPOINTS),
+        adapted=lambda wildcards: PLAN.per_model(
+            PLAN.study(wildcards), ADAPTED, of="adapted"
+        ),
+    output:
+        report(f"{ROOT}/costs.csv", caption="../report/costs.rst", category="Data"),
+    log:
+        f"{ROOT}/logs/costs.log",
+    benchmark:
+        f"{ROOT}/benchmarks/costs.tsv"
+    conda:
+        "../envs/tocom.yaml"
+    threads: 1
+    resources:
+        mem_mb=growing(2000),
+        runtime=growing(30),
+    params:
+        folder=lambda wildcards, input: folder_of(input.study),
+    shell:
+        "tocom analyse costs {params.folder} --output {output} > {log} 2>&1"
+
+
 rule tables:
     input:
         unpack(analysed),
+        costs=f"{ROOT}/costs.csv",
     output:
         expand(
             f"{ROOT}/tables/{{name}}.{{kind}}",

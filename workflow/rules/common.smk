@@ -50,7 +50,7 @@ PREDICTIONS = (
 )
 TRANSFER = f"{ROOT}/transfer/{{backbone}}/{{tuned}}.csv"
 THROUGHPUT = f"{ROOT}/throughput/{{backbone}}/{{tuned}}.csv"
-TABLES = ["main", "tasks", "significance", "methods", "variance", "throughput"]
+TABLES = ["main", "tasks", "significance", "methods", "variance", "costs", "throughput"]
 try:
     ALL_CORES = workflow.cores
 except (
@@ -127,6 +127,7 @@ def results_of(study):
         "cells.csv",
         "significance.csv",
         "harm.csv",
+        "costs.csv",
         "throughput.csv",
     ]
     names += ["figures"]
