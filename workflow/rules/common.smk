@@ -50,7 +50,15 @@ PREDICTIONS = (
 )
 TRANSFER = f"{ROOT}/transfer/{{backbone}}/{{tuned}}.csv"
 THROUGHPUT = f"{ROOT}/throughput/{{backbone}}/{{tuned}}.csv"
-TABLES = ["main", "tasks", "significance", "methods", "variance", "throughput"]
+TABLES = [
+    "main",
+    "tasks",
+    "significance",
+    "mismatch",
+    "methods",
+    "variance",
+    "throughput",
+]
 try:
     ALL_CORES = workflow.cores
 except (
@@ -99,7 +107,7 @@ def folder_of(study):
 
 def analysed(wildcards):
     """Return the files that tables and figures are made of."""
-    names = ["cells", "significance", "harm", "throughput"]
+    names = ["cells", "significance", "harm", "mismatch", "throughput"]
     names += ["transfer"] if PLAN.study(wildcards).transfer else []
     root = ROOT.format(study=wildcards.study)
     return {"study": f"{root}/study.json"} | {
@@ -127,6 +135,7 @@ def results_of(study):
         "cells.csv",
         "significance.csv",
         "harm.csv",
+        "mismatch.csv",
         "throughput.csv",
     ]
     names += ["figures"]
