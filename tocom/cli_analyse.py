@@ -39,7 +39,7 @@ def cells(folder: FolderArgument, output: Output, predictions: PredictionsArgume
 
 @app.command()
 def compare(folder: FolderArgument, output: FolderOption, predictions: PredictionsArgument = None) -> None:
-    """Compare methods pair by pair, as the study declares: significance.csv, and what harm they do: harm.csv."""
+    """Compare methods pair by pair: significance.csv, harm.csv; and with what mismatches cost: mismatch.csv."""
     from tocom.analysis import compare as stage
     from tocom.analysis.cells import records
     from tocom.analysis.planned import prediction_files
@@ -48,7 +48,8 @@ def compare(folder: FolderArgument, output: FolderOption, predictions: Predictio
 
     study = read_study(folder / "study.json")
     there = records(predictions or prediction_files(study, folder))
-    for name, frame in {"significance": stage.compare(study, there), "harm": stage.harm(study, there)}.items():
+    made = {"significance": stage.compare, "harm": stage.harm, "mismatch": stage.mismatch}
+    for name, frame in {name: make(study, there) for name, make in made.items()}.items():
         write_text(output / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n", float_format="%.10g"))
 
 
@@ -77,7 +78,7 @@ def costs(folder: FolderArgument, output: Output) -> None:
 
 @app.command()
 def tables(folder: FolderArgument, output: FolderOption) -> None:
-    """Write the tables main, tasks, significance, methods, variance, costs, throughput as Markdown, HTML and LaTeX."""
+    """Write main, tasks, significance, mismatch, methods, variance, costs and throughput, each in three forms."""
     from tocom.analysis.report import write_tables
 
     write_tables(folder, output)

@@ -14,7 +14,7 @@ from tests.analysis import made_up
 from tests.analysis.made_up import config, significance_of
 from tocom.analysis import planned, stats
 from tocom.analysis.cells import COLUMNS, KEYS, gather, read_cells, records
-from tocom.analysis.compare import compare, corrected, harm
+from tocom.analysis.compare import MISMATCH_COLUMNS, compare, corrected, harm, mismatch
 from tocom.analysis.headline import headline
 from tocom.analysis.planned import Point, group_scopes, points, task_scopes
 from tocom.analysis.verify import verify
@@ -151,6 +151,49 @@ def test_all_numbers_of_a_row_are_those_of_the_records():
     assert rival.effect == pytest.approx(rival.gain / np.sqrt(shared + sum(o.var(ddof=1) for o in other) / 4))
 
 
+def test_what_a_mismatch_costs_is_the_difference_of_independent_trainings_at_one_inference_degree():
+    entries = made_up.DEMO | {"learned": {"compressor": "evit"}, "one": {"like": "tome", "train_degrees": [4]}}
+    study = parse_study(config(("digits", "mnist5k"), entries, infer_degrees=[0, 4, 12], seeds=[0, 1, 2, 3]))
+    rng, images, found = np.random.default_rng(5), {"digits": 60, "mnist5k": 90}, {}
+    for backbone, method, task, seed, train, infer in sorted(planned.cells(study)):
+        found.setdefault((backbone, method, task, train, infer), {})[seed] = rng.random(images[task]) < rng.random()
+    frame = mismatch(study, found)
+    assert tuple(frame.columns) == MISMATCH_COLUMNS
+    where = ["method", "scope", "train_degree", "infer_degree"]
+    scopes, degrees = ("real tasks", "digits", "mnist5k"), [("0", 12), ("12", 0)]
+    expected = [(m, scope, *pair) for scope in scopes for m in ("tome", "learned") for pair in degrees]
+    assert list(frame[where].itertuples(index=False, name=None)) == expected
+    row = frame.set_index(where).loc[("tome", "real tasks", "0", 12)]
+    own, matched = (
+        [np.stack([100.0 * found["vit", "tome", task, train, 12][seed] for seed in range(4)]) for task in images]
+        for train in ("0", "12")
+    )
+    assert row.score == pytest.approx(np.mean([task.mean() for task in own]))
+    assert row.score_matched == pytest.approx(np.mean([task.mean() for task in matched]))
+    assert row.loss == pytest.approx(row.score_matched - row.score)
+    assert (row.n_tasks, row.n_seeds, row.n_images) == (2, 4, 150)
+    # Trainings of either degree, and of either task, are draws of their own: variances of means of four add.
+    by_seed = [task.mean(axis=1).var(ddof=1) / 4 / 2**2 for task in own + matched]
+    losses = [b - a for a, b in zip(own, matched, strict=True)]
+    left = [(residual(a) + residual(b)) / 4 for a, b in zip(own, matched, strict=True)]
+    by_image = [
+        (loss.mean(axis=0).var(ddof=1) - rest) / loss.shape[1] / 2**2 for loss, rest in zip(losses, left, strict=True)
+    ]
+    assert row.error == pytest.approx(np.sqrt(sum(by_seed) + max(sum(by_image), 0)))
+    # Cochran and Cox: critical values weighted by variances, which is at p where it equals the ratio.
+    parts = [(sum(by_seed), welch(by_seed, [3] * 4))]
+    parts += [(sum(by_image), welch(by_image, [n - 1 for n in images.values()]))] if sum(by_image) > 0 else []
+    total = sum(variance for variance, _ in parts)
+    for level, ratio in ((0.05, (row.high - row.low) / 2 / row.error), (row.p, abs(row.loss) / row.error)):
+        assert ratio == pytest.approx(sum(v * scipy.stats.t.isf(level / 2, df) for v, df in parts) / total)
+    assert (row.low + row.high) / 2 == pytest.approx(row.loss)
+
+
+def welch(variances, dfs):
+    """Return the degrees of freedom of a sum of estimated variances."""
+    return sum(variances) ** 2 / sum(v**2 / df for v, df in zip(variances, dfs, strict=True))
+
+
 def residual(values):
     """Return the mean square of what is left of [seeds, images] without the means of either."""
     left = values - values.mean(axis=0) - values.mean(axis=1, keepdims=True) + values.mean()
@@ -235,7 +278,9 @@ def test_groups_keep_their_order_and_none_appears_twice():
 def test_the_commands_make_the_same_tables_as_the_functions_and_need_no_predictions_named(copied, study):
     assert "135 of 135 planned cells" in analyse("cells", copied, "-o", copied / "cells.csv").output
     analyse("compare", copied, "-o", copied)
-    pd.testing.assert_frame_equal(*(pd.read_csv(root / "harm.csv") for root in (copied, study)), check_dtype=False)
+    for name in ("harm", "mismatch"):
+        one, other = (pd.read_csv(root / f"{name}.csv") for root in (copied, study))
+        pd.testing.assert_frame_equal(one, other, check_dtype=False, check_exact=False)
     assert (copied / "cells.csv").read_bytes() == (study / "cells.csv").read_bytes()
     new, old = (pd.read_csv(root / "significance.csv") for root in (copied, study))
     pd.testing.assert_frame_equal(new, old, check_dtype=False)

@@ -227,6 +227,27 @@ def test_the_table_of_tests_has_the_largest_mismatch_of_every_pair(made):
     assert texts(harm)[0][:4] == ["ToMe + ToCom over ToMe", "FGVC", "2", "+0.00 [+0.00, +0.00]"]
 
 
+def test_the_table_of_mismatches_has_every_loss_corrected_for_all_that_it_shows(made, study):
+    frame = pd.read_csv(study / "mismatch.csv")
+    assert frame.loss.tolist() == pytest.approx([12.0, 6.0] * 3)  # the group and its two tasks
+    frame.loc[:1, ["low", "high", "p"]] = [[10.5, 13.5, 0.004], [-0.25, 12.25, 0.03]]
+    frame.to_csv(study / "mismatch.csv", index=False)
+    (table,) = make_tables(Run.read(study))["mismatch"]
+    assert table.header == ["method", "trained at", "run at 0", "run at 12"]
+    assert texts(table) == [
+        ["ToMe", "0", "96.0 ± 0.0", "+12.0 [+10.5, +13.5]**"],
+        ["", "12", "+6.0 [-0.2, +12.2]*", "92.0 ± 0.0"],
+    ]
+    frame.loc[0, "p"] = 0.03  # Holm: twice that
+    frame.to_csv(study / "mismatch.csv", index=False)
+    assert [r[-1] for r in texts(make_tables(Run.read(study))["mismatch"][0])][0] == "+12.0 [+10.5, +13.5]"
+    (study / "mismatch.csv").unlink()
+    assert texts(make_tables(Run.read(study))["mismatch"][0])[0] == ["ToMe", "0", "96.0 ± 0.0", "not run"]
+    assert [t.title for t in make_tables(Run.read(made["demo"]))["mismatch"]] == [
+        f"What a mismatch costs, {scope} (vit)" for scope in ("real tasks", "generated tasks", "all tasks")
+    ]
+
+
 def test_a_study_that_compares_nothing_has_all_its_tables_and_figures(tmp_path):
     made_up.make(tmp_path, config(("digits",), TOME, paper="degrees"))
     write_tables(tmp_path, tmp_path / "tables")
@@ -517,7 +538,8 @@ def test_the_commands_write_tables_and_a_line_for_each_study(study, tmp_path, mo
     assert [line.rsplit("|")[-2].strip() for line in text.splitlines() if "| made_up" in line] == ["run", "not run"]
     assert (tmp_path / "all.tex").is_file()
     names = {path.stem for path in (tmp_path / "out").glob("*.tex")}
-    assert names == {"main", "tasks", "significance", "methods", "variance", "costs", "throughput", "paper"}
+    names_wanted = {"main", "tasks", "significance", "mismatch", "methods", "variance", "costs", "throughput", "paper"}
+    assert names == names_wanted
     made_up.change(study, paper=None)
     with pytest.raises(TocomError, match="names no form of table"):
         write_paper(study, tmp_path)
@@ -531,7 +553,7 @@ def test_figures_are_the_same_bytes_twice(study, tmp_path):
     write_curves(study)
     for again in ("a", "b"):
         write_figures(study, tmp_path / again)
-    names = ["accuracy_vs_gflops", "curves", "gain_heatmap", "gap_transfer", "profiles", "ranks"]
+    names = ["accuracy_vs_gflops", "curves", "gain_heatmap", "gap_transfer", "mismatch", "profiles", "ranks"]
     found = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert found == [f"{name}.{kind}" for name in names for kind in ("pdf", "png")]
     for name in found:
@@ -541,7 +563,11 @@ def test_figures_are_the_same_bytes_twice(study, tmp_path):
 def test_a_study_that_was_never_run_has_figures_of_nothing_with_the_names_of_its_backbones(tmp_path):
     made_up.plan(tmp_path, SEVERAL)
     write_figures(tmp_path, tmp_path / "figures")
-    names = [f"{name}{suffix}.png" for name in ("accuracy_vs_gflops", "gain_heatmap") for suffix in ("", "_deit_s")]
+    names = [
+        f"{name}{suffix}.png"
+        for name in ("accuracy_vs_gflops", "gain_heatmap", "mismatch")
+        for suffix in ("", "_deit_s")
+    ]
     assert sorted(path.name for path in (tmp_path / "figures").glob("*.png")) == names
 
 
@@ -580,6 +606,62 @@ def test_gains_that_may_be_noise_are_pale_and_what_was_declined_has_no_colour(st
     assert colours[1, 0].min() > 0.85 > colours[0, 2].min()
     cut(study, infer_degree=12, method="tome")
     assert written(figures.gain_heatmap(Run.read(study), "vit").axes[0])[2] == "not run"
+
+
+def test_mismatches_are_mapped_with_all_that_is_made_of_a_method(study):
+    run = Run.read(study)
+    figure = figures.mismatch_maps(run, "vit")
+    axis, bar = figure.axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == [
+        *("0", "0 + ToCom", "12", "12 + ToCom", "random degrees")
+    ]
+    cells = np.array(written(axis)).reshape(5, 3)
+    assert cells[:, 2].tolist() == ["80.0", "86.0", "92.0", "92.0", "90.0"]
+    assert bar.get_ylim()[1] == pytest.approx(12)  # 0 -> 12, below the best
+    red = axis.images[0].get_array()[:, 2]
+    assert red[:, 1].argsort().tolist()[:3] == [0, 1, 4]  # the further below, the redder
+    assert red[2].tolist() == red[3].tolist()
+    assert red[2].min() > 0.95
+    assert [patch.get_xy() for patch in axis.patches] == [(0, 0), (2, 2)]  # trained at 0 run at 0, at 12 at 12
+    cut(study, infer_degree=12, method="tome", train_degree="0")
+    assert written(figures.mismatch_maps(Run.read(study), "vit").axes[0])[2] == "not run"
+    one = made_up.change(study, train_degrees=[0])
+    assert "mismatch" not in figures.draw(Run.of(one, study), "vit")
+
+
+MANY = {
+    **(TOME | TOCOM | {"rank1": {"like": "tocom", "compensator": {"rank": 1}, "title": "rank 1"}}),
+    "again": {"like": "rank1", "learn": {"epochs": 9}},
+    **(made_up.RIVAL | EVIT),
+    "bytes": {"compressor": "quantise"},
+    "bytes_tocom": {"like": "bytes", "compensator": "tocom"},
+    "alone": {"compressor": "pitome"},
+}
+
+
+def test_many_compressors_share_a_panel_with_and_without_what_compensates_them(tmp_path, made):
+    root = made_up.make(tmp_path, config(("cifar100",), MANY, compare=[["tome", "tocom"]]))
+    run = Run.read(root)
+    (axis,) = figures.draw(run, "vit")["accuracy_vs_gflops"].axes
+    # A thin and a thick line for each compressor that saves GFLOPs, with what is declared last, the first of its kind.
+    assert sorted(filter(None, written(axis))) == ["EViT", "EViT + ToCom", "ToMe", "rank 1"]
+    lines = {(line.get_linestyle(), line.get_marker(), n): line for n, line in enumerate(axis.lines)}
+    assert [key[:2] for key in lines] == [("--", "None"), ("-", "None"), ("None", "*"), ("None", "D")] * 2
+    plain, ours, star, random = [line.get_xydata().round(6).tolist() for line in axis.lines[:4]]
+    assert plain == [[40, 80], [80, 96], [100, 96]]
+    assert ours == [[40, 83], [80, 96], [100, 96]]
+    assert star == [[40, 92]]
+    assert random == [[40, 90], [80, 90], [100, 90]]
+    assert axis.lines[7].get_xydata().size == 0  # EViT has no rival with random degrees
+    labels = [text.get_text() for text in axis.get_legend().texts]
+    assert labels == [
+        *("without compensator", "with compensator", "trained at the degree it runs at", "trained at random degrees")
+    ]
+    heights = sorted(text.xyann[1] for text in axis.texts)
+    assert min(np.diff(heights)) > 0.04 * (axis.get_ylim()[1] - axis.get_ylim()[0])  # none over another
+    assert len(figures.draw(Run.read(made["several"]), "deit_b")["accuracy_vs_gflops"].axes) == 2
+    made_up.plan(tmp_path / "never", config(("cifar100",), MANY))
+    write_figures(tmp_path / "never", tmp_path / "figures")
 
 
 # --- curves ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,17 @@ from numpy.typing import NDArray
 
 from tocom.analysis import stats
 from tocom.analysis.cells import BySeed, Condition
-from tocom.analysis.planned import Point, Scope, endpoint, group_scopes, points, same_models, task_scopes
+from tocom.analysis.planned import (
+    Point,
+    Scope,
+    endpoint,
+    group_scopes,
+    mismatches,
+    plain_methods,
+    points,
+    same_models,
+    task_scopes,
+)
 from tocom.analysis.scores import METRICS
 from tocom.errors import TocomError
 
@@ -26,6 +36,11 @@ COLUMNS = (
     *("study", "backbone", "before", "after", "scope", "group", "train_degree", "infer_degree", "primary"),
     *("n_tasks", "n_seeds", "n_images", "score_before", "score_after", "gain", "low", "high", "error", "effect"),
     *("p", "p_images", "p_seeds", "p_tasks", *_GAP, *_SPREADS),
+)
+#: Columns of mismatch.csv: scores in percent, loss = score_matched - score, its interval and its error in points.
+MISMATCH_COLUMNS = (
+    *("study", "backbone", "method", "scope", "group", "train_degree", "infer_degree", "n_tasks", "n_seeds"),
+    *("n_images", "score", "score_matched", "loss", "low", "high", "error", "effect", "p"),
 )
 _GAIN = (-1.0, 1.0)
 #: Columns of harm.csv: cost and its interval in points; p of the cost being the margin or more.
@@ -100,6 +115,25 @@ def harm(study, records: dict[Condition, BySeed]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=list(HARM_COLUMNS))
 
 
+def mismatch(study, records: dict[Condition, BySeed]) -> pd.DataFrame:
+    """Estimate what methods without a compensator lose where they run at another degree than they were trained at.
+
+    Returns:
+        A row with :data:`MISMATCH_COLUMNS` for each backbone, method that trains at fixed degrees, task and group of
+        tasks, train degree, and other inference degree for which the study trains models of the method.
+    """
+    models = Models(study, records)
+    rows = [
+        {"study": study.study, "backbone": backbone.name, "method": method, **found}
+        for backbone in study.backbones
+        for scope in group_scopes(study.groups) + task_scopes(study.groups)
+        for method in plain_methods(study)
+        for train, infer in mismatches(study, method)
+        if (found := models.mismatched(backbone.name, method, scope, train, infer))
+    ]
+    return pd.DataFrame(rows, columns=list(MISMATCH_COLUMNS))
+
+
 class Models:
     """What was predicted by the models of a study."""
 
@@ -115,29 +149,55 @@ class Models:
         trained = self.trained(both)
         means = stats.Means.of(tasks, trained)
         gain, spreads = means.contrast(_GAIN), means.spreads(_GAIN)
-        low, high = gain.interval()
         matched = before, str(point.infer), point.infer
         return {
             "scope": scope.name,
             "group": scope.is_group,
             "train_degree": point.train,
             "infer_degree": point.infer,
-            "n_tasks": len(tasks),
-            "n_seeds": means.seeds,
-            "n_images": sum(task.shape[2] for task in tasks),
             "score_before": means.values[0],
             "score_after": means.values[1],
             "gain": gain.value,
-            "low": low,
-            "high": high,
-            "error": gain.error,
-            "effect": gain.effect,
-            "p": gain.p(),
+            **self._tested(tasks, means, gain),
             "p_images": stats.sign_flip_test([task[1] - task[0] for task in tasks]),
             "p_seeds": means.p_seeds(_GAIN),
             "p_tasks": stats.task_test([np.diff(task.mean(axis=(1, 2)))[0] for task in tasks]),
             **self._gap(backbone, scope.tasks, (*both, matched)),
             **dict(zip(_SPREADS, spreads, strict=True)),
+        }
+
+    @staticmethod
+    def _tested(tasks: list[NDArray], means: stats.Means, gain: stats.Contrast) -> dict:
+        """Return what a difference of means was estimated from, its errors, and its test."""
+        low, high = gain.interval()
+        return {
+            "n_tasks": len(tasks),
+            "n_seeds": means.seeds,
+            "n_images": sum(task.shape[2] for task in tasks),
+            "low": low,
+            "high": high,
+            "error": gain.error,
+            "effect": gain.effect,
+            "p": gain.p(),
+        }
+
+    def mismatched(self, backbone: str, method: str, scope: Scope, train: str, infer: int) -> dict:
+        """Return the columns of what a mismatch costs, or none of them where no seed has all it takes."""
+        both = (method, train, infer), (method, str(infer), infer)
+        tasks = self.values(backbone, scope.tasks, both)
+        if not tasks:
+            return {}
+        means = stats.Means.of(tasks, self.trained(both))
+        loss = means.contrast(_GAIN)
+        return {
+            "scope": scope.name,
+            "group": scope.is_group,
+            "train_degree": train,
+            "infer_degree": infer,
+            "score": means.values[0],
+            "score_matched": means.values[1],
+            "loss": loss.value,
+            **self._tested(tasks, means, loss),
         }
 
     def _gap(self, backbone: str, tasks: tuple[str, ...], three: tuple[tuple[str, str, int], ...]) -> dict:

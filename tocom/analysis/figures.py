@@ -13,17 +13,21 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
-from matplotlib.colors import Normalize
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import ListedColormap, Normalize, PowerNorm
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
+from scipy.optimize import isotonic_regression
 
 from tocom.analysis import across
 from tocom.analysis.curves import Curve, curves, unit_of
-from tocom.analysis.planned import ALL, Scope, is_compensated, train_degrees
+from tocom.analysis.planned import ALL, Scope, is_compensated, mismatches, plain_methods, train_degrees, without_degree
 from tocom.analysis.run import Run, primary, transfer_methods, transferred
 from tocom.analysis.stats import stars
 from tocom.analysis.tables import DECLINED, NOT_PLANNED, NOT_RUN, cost_text, gain_text, p_is, signed
+from tocom.parts import Compressor
 from tocom.settings import PLAIN
 
 #: Metadata without dates, so that the same numbers give the same bytes.
@@ -38,6 +42,8 @@ _STAR = {"marker": "*", "markersize": 9.5, "markeredgecolor": _EDGE, "markeredge
 _MARKERS = "osD^vPX"
 #: Up to so many curves in a panel, the losses of their trainings are drawn, too.
 _READABLE = 4
+#: How large the panel of many compressors is (inches): for a talk.
+_TALK = 11, 6.6
 #: What a colour map keeps of a colour whose gain cannot be told from noise.
 _PALE = 0.35
 
@@ -46,8 +52,11 @@ def draw(run: Run, backbone: str) -> dict[str, Figure]:
     """Return every figure of one backbone by name."""
     sns.set_theme(context="paper", style="whitegrid", font_scale=1.05)
     plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 160, "pdf.fonttype": 42, "font.family": "DejaVu Sans"})
-    figures = {"accuracy_vs_gflops": score_against_cost(run, backbone)}
+    figures = {"accuracy_vs_gflops": (score_by_compressor if _is_wide(run) else score_against_cost)(run, backbone)}
     figures |= {"gain_heatmap": gain_heatmap(run, backbone)} if run.study.compare else {}
+    figures |= (
+        {"mismatch": mismatch_maps(run, backbone)} if any(mismatches(run.study, m) for m in run.study.methods) else {}
+    )
     figures |= {"gap_transfer": gap_transfer(run, backbone)} if run.study.transfer else {}
     figures |= methods_compared(run, backbone)
     there = curves(run, backbone)
@@ -118,11 +127,8 @@ def score_against_cost(run: Run, backbone: str) -> Figure:
                 aside = number - (len(methods) - 1) / 2
                 _line(axis, run, backbone, method, scope, label, aside, colours.get(label, _NO_DEGREE), looks[method])
         of = f"\n{run.title(methods[0])}" if len(by_compressor) > 1 else ""
-        cost = run.uncompressed(backbone, scope)
-        unit = run.cost_unit
-        of_what = unit if np.isnan(cost) else f"% of the uncompressed model's {cost_text(cost)} {unit}"
-        axis.set(title=f"{_title(scope)}{of}", xlabel=of_what, ylabel=f"test {study.metric} (%)")
-        axis.locator_params(axis="x", nbins=6)
+        _cost_axis(axis, run, backbone, scope)
+        axis.set_title(f"{_title(scope)}{of}")
     for axis, row in zip(axes, rows, strict=True):
         _point_out_gain(axis, run, backbone, row, colours)
     handles = [Line2D([], [], color=c, linewidth=3, label=f"trained at {label}") for label, c in colours.items()]
@@ -130,6 +136,14 @@ def score_against_cost(run: Run, backbone: str) -> Figure:
     handles += [Line2D([], [], color="white", label="trained at the degree it runs at", **_STAR)] if colours else []
     _legend(figure, handles)
     return figure
+
+
+def _cost_axis(axis, run: Run, backbone: str, scope: Scope) -> None:
+    """Say what the score is drawn against."""
+    cost, unit = run.uncompressed(backbone, scope), run.cost_unit
+    of_what = unit if np.isnan(cost) else f"% of the uncompressed model's {cost_text(cost)} {unit}"
+    axis.set(xlabel=of_what, ylabel=f"test {run.study.metric} (%)")
+    axis.locator_params(axis="x", nbins=6)
 
 
 def _drawn(run: Run) -> list[str]:
@@ -203,21 +217,133 @@ def _point_out_gain(axis, run: Run, backbone: str, row: tuple[Sequence[str], Sco
     axis.annotate(text, (x, min(before, after)), (0.08, 0.03), textcoords="axes fraction", arrowprops=leader, **style)
 
 
+# --- the same, of many compressors ----------------------------------------------------------------------------------
+
+
+def _with_and_without(run: Run) -> list[tuple[str, str]]:
+    """Return the first plain method of each compressor that saves GFLOPs, and the one with what compensates it.
+
+    Of its compensators that is the last one that the study declares, as it is declared first.
+    """
+    study, found = run.study, {}
+    for plain, ours in run.with_compensators():
+        last = study.methods[ours[-1]].compensator
+        best = next(method for method in ours if study.methods[method].compensator == last)
+        if study.methods[plain].compressor.part.saves == Compressor.saves and not is_compensated(study, plain):
+            found.setdefault(study.methods[plain].compressor, (plain, best))
+    return list(found.values())
+
+
+def _is_wide(run: Run) -> bool:
+    """Return whether compressors are too many for panels of their own, and one has something to show in one panel."""
+    compressors = {method.compressor for method in run.study.methods.values()}
+    return len(compressors) > _COLUMNS and run.cost_unit == Compressor.saves and bool(_with_and_without(run))
+
+
+def score_by_compressor(run: Run, backbone: str) -> Figure:
+    """Draw the score against cost of models trained at the lowest degree, without and with a compensator: one panel.
+
+    Each compressor has a colour. Stars are models that run at the degree they were trained at, diamonds those that were
+    trained at no one degree. Compressors that save anything but GFLOPs are left out.
+    """
+    study, scope, pairs = run.study, run.scopes[-1], _with_and_without(run)
+    handles, ends = {}, []
+    with sns.plotting_context("talk", font_scale=0.9):
+        figure, (axis,) = _grid(1, *_TALK)
+        for pair, colour in zip(pairs, sns.color_palette("colorblind", len(pairs)), strict=True):
+            for label, look, conditions in _shown(study, *pair):
+                points = _points(run, backbone, scope, conditions)
+                axis.plot(*points.T, color=colour, zorder=3 if "marker" not in look else 4, **look)
+                handles |= {label: Line2D([], [], color=_NO_DEGREE, label=label, **look)} if len(points) else {}
+                if len(points) and "marker" not in look:
+                    ends.append((*points[0], study.methods[conditions[0][0]].title, colour))
+        _cost_axis(axis, run, backbone, scope)
+        _name_ends(axis, ends)
+        trained = sorted({train_degrees(study, plain)[0] for plain, _ in pairs}, key=int)
+        axis.set_title(f"Trained at {', '.join(trained)}, run at other degrees ({_title(scope, _TALK[0])})")
+        axis.legend(handles=list(handles.values()), loc="lower right")
+    return figure
+
+
+def _shown(study, plain: str, ours: str) -> list[tuple[str, dict, list[tuple[str, str, int]]]]:
+    """Return the lines and dots of one compressor: label, look, and (method, train degree, inference degree)s."""
+    lowest, *others = train_degrees(study, plain)
+    rivals = [(name, study.train_degrees_of(name)[0]) for name in without_degree(study, plain)[:1]]
+    diamond = {"marker": "D", "markersize": 8, "linestyle": "none", "markeredgecolor": "white"}
+
+    def at_all(method: str, train: str) -> list[tuple[str, str, int]]:
+        return [(method, train, infer) for infer in study.infer_degrees_of(method)]
+
+    matched = [point for train in others for point in at_all(plain, train) if train == str(point[2])]
+    return [
+        ("without compensator", {"linestyle": "--", "linewidth": 1.6}, at_all(plain, lowest)),
+        ("with compensator", {"linestyle": "-", "linewidth": 3}, at_all(ours, lowest)),
+        ("trained at the degree it runs at", _STAR | {"markersize": 17}, matched),
+        ("trained at random degrees", diamond, [point for rival in rivals for point in at_all(*rival)]),
+    ]
+
+
+def _points(run: Run, backbone: str, scope: Scope, conditions: Sequence[tuple[str, str, int]]) -> np.ndarray:
+    """Return cost and mean score [N, 2], by rising cost, of (method, train degree, inference degree)s that were run."""
+    points = [
+        (_x(run, backbone, method, scope, infer), run.score(backbone, method, scope, train, infer).mean())
+        for method, train, infer in conditions
+    ]
+    return np.array(sorted(point for point in points if not np.isnan(point).any())).reshape(-1, 2)
+
+
+def _name_ends(axis, ends: Sequence[tuple[float, float, str, tuple]]) -> None:
+    """Write names beside the left ends (x, y, name, colour) of lines, so far apart that they can be read."""
+    if not ends:
+        return
+    ends = sorted(ends, key=lambda end: end[1])
+    x, y = np.array([end[:2] for end in ends]).T
+    (left, right), (low, high) = axis.get_xlim(), axis.get_ylim()
+    size = plt.rcParams["legend.fontsize"]
+    width, height = _TALK * np.array(0.85 * 72 / size)  # of the panel, in letters
+    at, share = x.min() - 0.05 * (right - left), 0.62 * max(len(name) for *_, name, _ in ends) / width
+    apart = 1.3 * (high - low) / height * np.arange(len(ends))
+    places = isotonic_regression(y - apart).x + apart
+    margin = 0.04 * (high - low)
+    axis.set_xticks([tick for tick in axis.get_xticks() if left <= tick <= right])
+    axis.set(
+        xlim=(at - (right - at) * share / (1 - share), right),
+        ylim=(min(low, places[0] - margin), max(high, places[-1] + margin)),
+    )
+    for (*end, name, colour), place in zip(ends, places, strict=True):
+        leader = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 1, "relpos": (1, 0.5)}
+        style = {"ha": "right", "va": "center", "fontsize": size, "color": colour}
+        axis.annotate(name, end, (at, place), arrowprops=leader, **style)
+
+
 # --- maps -----------------------------------------------------------------------------------------------------------
 
 
 _CMAP = plt.get_cmap("RdBu")
+#: White at 0, and redder the larger: the lower half of that.
+_RED = ListedColormap(_CMAP(np.linspace(0.5, 0.0, 256)))
+#: How large a cell of the map of mismatches is, a line of text in it, and how wide a letter (inches).
+_CELL, _TEXT, _LETTER = (0.5, 0.25), 0.2, 0.065
+#: How wide its colour bar is with all its text (inches), and in how many columns its panels stand at most.
+_BAR, _STACKS = 1.2, 4
 
 
-def _map(axis, numbers: pd.DataFrame, texts: pd.DataFrame, largest: float, pale: pd.DataFrame | None = None) -> None:
-    """Draw numbers as colours, blue above and red below 0, with their texts.
+def _two_sided(largest: float) -> ScalarMappable:
+    """Return blue for what is above 0 and red for what is below."""
+    return ScalarMappable(Normalize(-largest, largest), _CMAP)
+
+
+def _map(
+    axis, numbers: pd.DataFrame, texts: pd.DataFrame, scale: ScalarMappable, pale: pd.DataFrame | None = None
+) -> None:
+    """Draw numbers as colours with their texts.
 
     Args:
         texts: also of cells without a number, which are white.
         pale: cells whose colour is faded and whose text is grey; none by default.
     """
     pale = numbers.isna() if pale is None else pale | numbers.isna()
-    colours = _CMAP(Normalize(-largest, largest)(numbers.fillna(0.0).to_numpy()))[..., :3]
+    colours = scale.to_rgba(numbers.fillna(0.0).to_numpy())[..., :3]
     keep = np.where(numbers.isna(), 0.0, np.where(pale, _PALE, 1.0))[..., None]
     colours = keep * colours + 1 - keep
     rows, columns = numbers.shape
@@ -238,9 +364,8 @@ def _map(axis, numbers: pd.DataFrame, texts: pd.DataFrame, largest: float, pale:
         axis.text(column + 0.5, row + 0.5, text, ha="center", va="center", color=look, size=size, weight=weight)
 
 
-def _colour_bar(figure: Figure, axes: list, label: str, largest: float) -> None:
+def _colour_bar(figure: Figure, axes: list, label: str, scale: ScalarMappable) -> None:
     shrink = min(1.0, 4 / figure.get_figheight())
-    scale = plt.cm.ScalarMappable(Normalize(-largest, largest), _CMAP)
     label = textwrap.fill(label, int(9 * min(4, figure.get_figheight())))
     bar = figure.colorbar(scale, ax=axes, label=label, fraction=0.05, pad=0.02, aspect=25, shrink=shrink)
     bar.outline.set_visible(False)
@@ -256,7 +381,9 @@ def gain_heatmap(run: Run, backbone: str) -> Figure:
     corrected = run.corrected([backbone], run.scopes, [(before, after)])
     keys = list(found[run.scopes[0]])
     index = {"index": list(dict.fromkeys(train for train, _ in keys)), "columns": sorted({infer for _, infer in keys})}
-    largest = max([0.1, *(abs(pair.gain) for pairs in found.values() for pair in pairs.values() if pair.is_run)])
+    scale = _two_sided(
+        max([0.1, *(abs(pair.gain) for pairs in found.values() for pair in pairs.values() if pair.is_run)])
+    )
     size = max(2.6, 0.72 * len(index["columns"]) + 0.9), max(2.2, 0.5 * len(index["index"]) + 1.0)
     figure, axes = _grid(len(found), *size)
     for axis, (scope, pairs) in zip(axes, found.items(), strict=True):
@@ -266,10 +393,103 @@ def gain_heatmap(run: Run, backbone: str) -> Figure:
             if pair.is_run and not pair.declined:
                 star = "" if pair.test is None else stars(corrected[pair.test.name])
                 numbers.loc[key], texts.loc[key], pale.loc[key] = pair.gain, signed(pair.gain) + star, not star
-        _map(axis, numbers, texts, largest, pale)
+        _map(axis, numbers, texts, scale, pale)
         axis.set(title=_title(scope, size[0]), xlabel="inference degree", ylabel="train degree")
-    _colour_bar(figure, axes, f"gain in points of {run.title(after)} over {run.title(before)}", largest)
+    _colour_bar(figure, axes, f"gain in points of {run.title(after)} over {run.title(before)}", scale)
     return figure
+
+
+def mismatch_maps(run: Run, backbone: str) -> Figure:
+    """Draw the mean score of every plain method over its train and inference degrees, on the widest scope.
+
+    A line each for its models at a train degree, for these with each of its compensators, and for like methods that
+    train at no one degree. Colours: points below the best line of that inference degree. Frames: models that run at the
+    degree they were trained at.
+    """
+    plain, scope = plain_methods(run.study), run.scopes[-1]
+    maps = [_by_train_degree(run, backbone, scope, method) for method in plain]
+    below = [numbers.max() - numbers for numbers, _ in maps]
+    largest = max(0.1, *(np.nan_to_num(one).max(initial=0.0) for one in below))
+    scale = ScalarMappable(PowerNorm(0.5, 0, largest), _RED)
+    sizes = [
+        (_LETTER * max(map(len, one.index)) + _TEXT, _CELL[0] * one.shape[1], _CELL[1] * len(one) + 3 * _TEXT)
+        for one in below
+    ]
+    places, right, bottom = _placed(sizes)
+    width = right + _BAR
+    what = f"Test {run.study.metric} (%) by train degree (lines) and inference degree (columns): {scope.name}"
+    header = textwrap.wrap(what, int(_LETTERS * width))
+    above = (len(header) + 2) * _TEXT  # of the cells of the topmost panels
+    height = max(above + bottom - 2 * _TEXT, 2 * _BAR)
+    figure = plt.figure(figsize=(width, height))
+    for name, numbers, (_, texts), (left, top), (labels, wide, tall) in zip(
+        plain, below, maps, places, sizes, strict=True
+    ):
+        high = tall - 3 * _TEXT
+        box = left / width, (height - above - top - high) / height, wide / width, high / height
+        axis = figure.add_axes(box)
+        _map(axis, numbers, texts, scale)
+        axis.set_title(textwrap.shorten(run.title(name), int((labels + wide) / _LETTER)), loc="left", size=9)
+        axis.tick_params(labelsize=8, pad=1)
+        for row, column in np.argwhere(np.equal.outer(numbers.index, numbers.columns.astype(str))):
+            axis.add_patch(Rectangle((column, row), 1, 1, fill=False, edgecolor=_EDGE, linewidth=1.4, zorder=3))
+    bar = figure.add_axes(((right + 0.3) / width, (height - above - _BAR) / height, 0.13 / width, _BAR / height))
+    figure.colorbar(scale, cax=bar).outline.set_visible(False)
+    bar.set_ylabel("points below the\nbest of the column", size=8)
+    bar.tick_params(labelsize=8)
+    figure.suptitle("\n".join(header), x=0, y=1, ha="left", va="top", size=10)
+    return figure
+
+
+def _placed(sizes: Sequence[tuple[float, float, float]]) -> tuple[list[tuple[float, float]], float, float]:
+    """Stack panels in columns of much the same height.
+
+    Args:
+        sizes: width of the labels, width and height of each panel.
+
+    Returns:
+        Left and top of each panel, less its labels; width and height of all.
+    """
+    labels, widths, heights = np.array(sizes).T
+    n_columns = min(_STACKS, int(np.ceil(np.sqrt(len(sizes)))))
+    columns = ((heights.cumsum() - heights / 2) * n_columns / heights.sum()).astype(int)
+    places, left, height = [], 0.0, 0.0
+    for mine in (columns == column for column in np.unique(columns)):
+        left += labels[mine].max()
+        places += [(left, top) for top in heights[mine].cumsum() - heights[mine]]
+        left, height = left + widths[mine].max(), max(height, heights[mine].sum())
+    return places, left, height
+
+
+def _by_train_degree(run: Run, backbone: str, scope: Scope, plain: str) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Return the mean scores of a method, and of those made of it, by line and inference degree; and their texts."""
+    study = run.study
+    added = [method for method in study.sharing(study.tuned_as(plain)) if is_compensated(study, method)]
+    lines = {
+        " ".join(filter(None, (train, _beyond(run, method, plain)))): (method, train)
+        for train in train_degrees(study, plain)
+        for method in (plain, *added)
+    }
+    lines |= {
+        _beyond(run, method, plain): (method, study.train_degrees_of(method)[0])
+        for method in without_degree(study, plain)
+    }
+    degrees = sorted(study.infer_degrees_of(plain))
+    numbers = {
+        label: [run.score(backbone, method, scope, train, n).mean() for n in degrees]
+        for label, (method, train) in lines.items()
+    }
+    missing = {
+        label: [NOT_RUN if n in study.infer_degrees_of(method) else NOT_PLANNED for n in degrees]
+        for label, (method, _) in lines.items()
+    }
+    numbers, missing = (pd.DataFrame.from_dict(d, "index", columns=degrees) for d in (numbers, missing))
+    return numbers, numbers.map("{:.1f}".format).where(numbers.notna(), missing)
+
+
+def _beyond(run: Run, method: str, plain: str) -> str:
+    """Return what a method's title says beyond that of the one it is made of."""
+    return run.title(method).removeprefix(run.study.methods[plain].title).lstrip(", ") if method != plain else ""
 
 
 def gap_transfer(run: Run, backbone: str) -> Figure:
@@ -281,7 +501,7 @@ def gap_transfer(run: Run, backbone: str) -> Figure:
         for method, frame in changes.items()
     }
     means = {method: mean.reindex(index=tasks, columns=tasks).astype(float) for method, mean in means.items()}
-    largest = np.nanmax([0.1, *(np.abs(mean.to_numpy()).max(initial=0) for mean in means.values())])
+    scale = _two_sided(np.nanmax([0.1, *(np.abs(mean.to_numpy()).max(initial=0) for mean in means.values())]))
     longest = max(map(len, tasks))
     slanted = longest > _LETTERS - 2
     size = 0.9 * len(tasks) + 1.0 + 0.075 * longest, 0.6 * len(tasks) + 1.3 + slanted * 0.05 * longest
@@ -289,12 +509,12 @@ def gap_transfer(run: Run, backbone: str) -> Figure:
     for axis, method in zip(axes, methods, strict=True):
         degrees = train_degrees(run.study, method)
         texts = means[method].map(lambda value: "" if np.isnan(value) else signed(value))
-        _map(axis, means[method], texts, largest)
+        _map(axis, means[method], texts, scale)
         title = f"Gap {degrees[0]} → {degrees[-1]} of one task, added to another\n({run.title(method)})"
         axis.set(title=title, xlabel="task that is evaluated", ylabel="task whose gap is added")
         if slanted:
             plt.setp(axis.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor")
-    _colour_bar(figure, axes, "change in points", largest)
+    _colour_bar(figure, axes, "change in points", scale)
     return figure
 
 

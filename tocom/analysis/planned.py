@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tocom.errors import TocomError
+from tocom.settings import DegreeSettings
 
 #: The group of all tasks, and that of the 19 tasks whose three parts are groups of their own.
 ALL, VTAB = "all tasks", "VTAB-1k"
@@ -63,6 +64,30 @@ def is_compensated(study, method: str) -> bool:
 def train_degrees(study, method: str) -> list[str]:
     """Return the train degrees of a method that are numbers, ascending, as text."""
     return sorted((label for label in study.train_degrees_of(method) if label.isdigit()), key=int)
+
+
+def plain_methods(study) -> list[str]:
+    """Return the methods without a compensator that train at fixed degrees."""
+    return [name for name in study.methods if not is_compensated(study, name) and train_degrees(study, name)]
+
+
+def without_degree(study, method: str) -> list[str]:
+    """Return the methods that train at no one degree and are otherwise like ``method``, whatever their compensator."""
+
+    def less_degrees(name: str) -> tuple:
+        entry = study.methods[name]
+        tuning = {key: v for key, v in entry.tuning.described().items() if key not in DegreeSettings.model_fields}
+        return entry.compressor.described(), tuning, entry.finetune
+
+    own = less_degrees(method)
+    return [name for name in study.methods if not train_degrees(study, name) and less_degrees(name) == own]
+
+
+def mismatches(study, method: str) -> list[tuple[str, int]]:
+    """Return each train degree of a method, with each other degree that it runs at and that is a train degree, too."""
+    trains = train_degrees(study, method)
+    runs = [infer for infer in sorted(study.infer_degrees_of(method)) if str(infer) in trains]
+    return [(train, infer) for train, infer in product(trains, runs) if train != str(infer)]
 
 
 class Point(NamedTuple):

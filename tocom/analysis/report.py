@@ -11,7 +11,14 @@ from tocom.analysis.paper import paper_tables
 from tocom.analysis.perplexity import perplexity_tables
 from tocom.analysis.planned import task_scopes
 from tocom.analysis.run import Run
-from tocom.analysis.tables import Table, degree_tables, harm_table, significance_table, throughput_table
+from tocom.analysis.tables import (
+    Table,
+    degree_tables,
+    harm_table,
+    mismatch_table,
+    significance_table,
+    throughput_table,
+)
 from tocom.errors import TocomError
 from tocom.files import atomic, write_text
 
@@ -33,6 +40,7 @@ def make_tables(run: Run) -> dict[str, list[Table]]:
         "main": [*perplexity_tables(run, run.scopes), *degree_tables(run, run.scopes)],
         "tasks": [*perplexity_tables(run, by_task), *degree_tables(run, by_task)],
         "significance": [table(run, name) for name in run.backbones for table in (significance_table, harm_table)],
+        "mismatch": [mismatch_table(run, name, scope) for name in run.backbones for scope in run.scopes],
         "methods": [methods_table(run, name) for name in run.backbones],
         "variance": [variance_table(run, name) for name in run.backbones],
         "costs": [table(run, name) for name in run.backbones for table in (serving_table, trainings_table)],

@@ -86,6 +86,7 @@ class Run:
     cells: pd.DataFrame
     significance: pd.DataFrame
     harm: pd.DataFrame
+    mismatch: pd.DataFrame
     throughput: pd.DataFrame
     transfer: pd.DataFrame
     costs: pd.DataFrame
@@ -118,6 +119,7 @@ class Run:
             read_cells(folder / "cells.csv") if there else pd.DataFrame(columns=COLUMNS),
             _read(folder / "significance.csv", compare.COLUMNS),
             _read(folder / "harm.csv", compare.HARM_COLUMNS),
+            _read(folder / "mismatch.csv", compare.MISMATCH_COLUMNS),
             _read(folder / "throughput.csv", _THROUGHPUT),
             _read(folder / "transfer.csv", _TRANSFER, keep_default_na=False),
             _read(folder / "costs.csv", _COSTS, keep_default_na=False, na_values=dict.fromkeys(_UNKNOWN, "")),

@@ -13,9 +13,17 @@ import pandas as pd
 from tabulate import tabulate
 
 from tocom.analysis import compare
-from tocom.analysis.planned import VTAB, Scope, is_compensated, task_scopes, train_degrees
+from tocom.analysis.planned import (
+    VTAB,
+    Scope,
+    is_compensated,
+    mismatches,
+    plain_methods,
+    task_scopes,
+    train_degrees,
+)
 from tocom.analysis.run import Pair, Run
-from tocom.analysis.stats import stars
+from tocom.analysis.stats import holm, stars
 
 #: Optional columns of throughput.csv -> their heading and how their numbers are written.
 TRAINING = {
@@ -419,6 +427,50 @@ def harm_table(run: Run, backbone: str) -> Table:
     header = ["comparison", "tasks", "conditions", "cost", f"p (cost ≥ {limits.margin:g})"]
     rows = rows or [[Text(NOT_RUN)] * len(header)]
     return Table(f"Cost where nothing is to be compensated ({backbone})", caption, header, rows, f"{backbone}-harm")
+
+
+def mismatch_table(run: Run, backbone: str, scope: Scope) -> Table:
+    """Return what a mismatch of degrees costs every method without a compensator, in points, beside matched models."""
+    study, frame = run.study, run.mismatch
+    mine = frame[(frame.backbone == backbone) & (frame.scope == scope.name) & (frame.group == scope.is_group)]
+    mine = mine.assign(corrected=holm(mine.p.astype(float)))
+    tested = {(row.method, row.train_degree, row.infer_degree): row for _, row in mine.iterrows()}
+    planned = {method: mismatches(study, method) for method in plain_methods(study)}
+    runs = sorted({infer for pairs in planned.values() for _, infer in pairs})
+    rows, rules = [], []
+    for method, pairs in planned.items():
+        rules += [len(rows)] if pairs else []
+        for number, train in enumerate(dict.fromkeys(train for train, _ in pairs)):
+            cells = [
+                score_text(run.score(backbone, method, scope, train, infer), len(study.seeds_of(method)))
+                if train == str(infer)
+                else _loss_cell(tested.get((method, train, infer)), (train, infer) in pairs)
+                for infer in runs
+            ]
+            rows.append([Text("" if number else run.title(method)), Text(train), *cells])
+    several = study.seeds_text != "1"
+    caption = (
+        f"Points of test {study.metric} that are lost where a model runs at another degree than it was trained at: the "
+        "score of models that were trained at that degree less its own, with the 95 % interval "
+        + (
+            "over other trainings and other test images. A star says that other trainings, evaluated on other images "
+            "of these tasks, would differ in the same direction (* p < 0.05, ** p < 0.01, *** p < 0.001, corrected by "
+            "Holm's method for all losses that are shown here). "
+            if several
+            else "over other test images alone: one training cannot speak for others. "
+        )
+        + f"Where both degrees are the same: the score in %, {averages(run, scope)}."
+    )
+    header = ["method", "trained at", *(f"run at {infer}" for infer in runs)]
+    rows = rows or [[Text(NOT_PLANNED)] * len(header)]
+    title = f"What a mismatch costs, {scope.name} ({backbone})"
+    return Table(title, caption, header, rows, f"{backbone}-{scope.name}-mismatch", tuple(filter(None, rules)))
+
+
+def _loss_cell(row: pd.Series | None, is_planned: bool) -> Text:
+    if row is None:
+        return Text(NOT_RUN if is_planned else NOT_PLANNED)
+    return Text(f"{signed(row.loss)} [{signed(row.low)}, {signed(row.high)}]{stars(row.corrected)}")
 
 
 def _most_mismatched(pairs: Iterable[Pair]) -> list[Pair]:

@@ -97,6 +97,9 @@ rule compare:
             category="Data",
         ),
         report(f"{ROOT}/harm.csv", caption="../report/harm.rst", category="Data"),
+        report(
+            f"{ROOT}/mismatch.csv", caption="../report/mismatch.rst", category="Data"
+        ),
     log:
         f"{ROOT}/logs/compare.log",
     benchmark:

@@ -50,7 +50,16 @@ PREDICTIONS = (
 )
 TRANSFER = f"{ROOT}/transfer/{{backbone}}/{{tuned}}.csv"
 THROUGHPUT = f"{ROOT}/throughput/{{backbone}}/{{tuned}}.csv"
-TABLES = ["main", "tasks", "significance", "methods", "variance", "costs", "throughput"]
+TABLES = [
+    "main",
+    "tasks",
+    "significance",
+    "mismatch",
+    "methods",
+    "variance",
+    "costs",
+    "throughput",
+]
 try:
     ALL_CORES = workflow.cores
 except (
@@ -99,7 +108,7 @@ def folder_of(study):
 
 def analysed(wildcards):
     """Return the files that tables and figures are made of."""
-    names = ["cells", "significance", "harm", "throughput"]
+    names = ["cells", "significance", "harm", "mismatch", "throughput"]
     names += ["transfer"] if PLAN.study(wildcards).transfer else []
     root = ROOT.format(study=wildcards.study)
     return {"study": f"{root}/study.json"} | {
@@ -128,6 +137,7 @@ def results_of(study):
         "significance.csv",
         "harm.csv",
         "costs.csv",
+        "mismatch.csv",
         "throughput.csv",
     ]
     names += ["figures"]
