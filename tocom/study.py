@@ -233,7 +233,8 @@ class Method(Settings):
     def _has_a_title(self):
         if self.title is None:
             tuned = ", ".join(filter(None, (self.compressor.label, self.tuning.label)))
-            title = " + ".join(filter(None, (tuned, self.compensator and self.compensator.label)))
+            added = self.compensator and self.compensator.label + (", adapted" if self.adapt is not None else "")
+            title = " + ".join(filter(None, (tuned, added)))
             object.__setattr__(self, "title", title)
         return self
 
