@@ -40,6 +40,8 @@ _FEW, _LINES, _LETTERS = 3, 2, 12
 _NO_DEGREE, _EDGE = "0.35", "black"
 _STAR = {"marker": "*", "markersize": 9.5, "markeredgecolor": _EDGE, "markeredgewidth": 0.8, "linestyle": "none"}
 _MARKERS = "osD^vPX"
+#: Lines of the compensated methods of a family; of more, one is drawn.
+_COMPENSATED = ("-", (0, (7, 1)), (0, (3, 1, 1, 1)))
 #: Up to so many curves in a panel, the losses of their trainings are drawn, too.
 _READABLE = 4
 #: How large the panel of many compressors is (inches): for a talk.
@@ -111,8 +113,9 @@ def _legend(figure: Figure, handles: list) -> None:
 def score_against_cost(run: Run, backbone: str) -> Figure:
     """Draw the score against the share of the uncompressed model's cost: a panel a group of tasks.
 
-    Colours are for train degrees, lines for methods; each compressor has panels of its own. Of the compensated methods
-    that share models with a plain one, one is drawn: that of the pair declared first, or else the first. Bars are one
+    Colours are for train degrees, lines for methods; each compressor has panels of its own. Of many
+    compensated methods that share models with a plain one, one is drawn: that of the pair declared first, or else the
+    first. Bars are one
     standard deviation over seeds. The panel of the primary endpoint names its gain.
     """
     study, by_compressor = run.study, {}
@@ -147,10 +150,12 @@ def _cost_axis(axis, run: Run, backbone: str, scope: Scope) -> None:
 
 
 def _drawn(run: Run) -> list[str]:
-    """Return the methods to draw: all plain ones, and one compensated one of each family."""
+    """Return the methods to draw: all plain ones, and of each family the compensated ones if they are few, else one."""
     headline = [method for pair in run.study.compare[:1] for method in pair]
-    one = [next((m for m in headline if m in ours), ours[0]) for _, ours in run.with_compensators()]
-    return [method for method in run.study.methods if method in one or not is_compensated(run.study, method)]
+    drawn = []
+    for _, ours in run.with_compensators():
+        drawn += ours if len(ours) < len(_COMPENSATED) + 1 else [next((m for m in headline if m in ours), ours[0])]
+    return [method for method in run.study.methods if method in drawn or not is_compensated(run.study, method)]
 
 
 def _looks(run: Run, rows: Sequence[Sequence[str]]) -> dict[str, dict]:
@@ -159,8 +164,11 @@ def _looks(run: Run, rows: Sequence[Sequence[str]]) -> dict[str, dict]:
     for methods in rows:
         for number, method in enumerate(methods):
             fixed, filled = bool(train_degrees(run.study, method)), is_compensated(run.study, method)
+            solid = _COMPENSATED[
+                sum(is_compensated(run.study, other) for other in methods[:number]) % len(_COMPENSATED)
+            ]
             look = {
-                "linestyle": ":" if not fixed else "-" if filled else "--",
+                "linestyle": ":" if not fixed else solid if filled else "--",
                 "marker": _MARKERS[number % len(_MARKERS)],
             }
             # Hollow markers lie over filled ones, so that equal scores are seen to be two.
@@ -469,6 +477,7 @@ def _by_train_degree(run: Run, backbone: str, scope: Scope, plain: str) -> tuple
         " ".join(filter(None, (train, _beyond(run, method, plain)))): (method, train)
         for train in train_degrees(study, plain)
         for method in (plain, *added)
+        if train in study.train_degrees_of(method)
     }
     lines |= {
         _beyond(run, method, plain): (method, study.train_degrees_of(method)[0])

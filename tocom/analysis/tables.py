@@ -295,7 +295,8 @@ def _degree_rows(run: Run, scope: Scope, backbone: str, prefix: str, corrected: 
     for family in run.by_degree():
         for train in train_degrees(study, family[0]):
             rules.append(len(rows))
-            rows += _lines(run, scope, backbone, family, train, prefix, corrected)
+            trained = [method for method in family if train in study.train_degrees_of(method)]
+            rows += _lines(run, scope, backbone, trained, train, prefix, corrected)
         rules.append(len(rows))
         matched = _line(run, scope, backbone, family[0], [str(infer) for infer in run.infer_degrees])
         rows.append([Text(f"{prefix}matched"), Text(run.title(family[0])), *matched])
