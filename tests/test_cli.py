@@ -195,7 +195,7 @@ def test_lists_name_what_there_is():
 def test_configs_are_checked_and_written_as_a_study(tmp_path):
     demo = yaml.safe_load((Path(__file__).parents[1] / "config" / "demo.yaml").read_text())
     (tmp_path / "demo.yaml").write_text(yaml.safe_dump(demo, sort_keys=False))
-    assert "study 'demo' is valid: 3 methods, 30 checkpoints" in tocom("check", tmp_path / "demo.yaml")[2]
+    assert "study 'demo' is valid: 4 methods, 20 checkpoints" in tocom("check", tmp_path / "demo.yaml")[2]
     works("study", json.dumps(demo), "-o", tmp_path / "study.json")
     assert json.loads((tmp_path / "study.json").read_text())["study"] == "demo"
     works("schema", "-o", tmp_path / "schema.json")

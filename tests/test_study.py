@@ -25,6 +25,10 @@ CONFIGS = sorted(
 )
 DEMO = yaml.safe_load((ROOT / "config/demo.yaml").read_text()) | {"train_degrees": [0, 10, 14], "seeds": [0, 1, 2]}
 del DEMO["endpoint"]  # of methods and tasks that tests change
+TOCOM = {"like": "tome", "compensator": {"kind": "tocom", "rank": 2, "dropout": 0}}
+RIVAL = {"like": "tome", "tuning": {"degree": "random"}}
+DEMO["methods"] = {"tome": {"compressor": "tome"}, "tocom": TOCOM, "random_degree": RIVAL}
+DEMO["compare"] = [["tome", "tocom"], ["tocom", "random_degree"]]
 LETTERS = DEMO["backbones"][0]
 RANDOM = {"degree": "random"}
 

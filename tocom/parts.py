@@ -23,7 +23,7 @@ from tocom.degrees import Degree, counts, limit, token_counts
 from tocom.errors import TocomError, suggest
 from tocom.files import Paths, check_finite, digest, listed, load_tensors, save_tensors
 from tocom.methods import PARTS
-from tocom.settings import DegreeSettings, Settings, explain
+from tocom.settings import GFLOPS, DegreeSettings, Settings, explain
 
 if TYPE_CHECKING:
     from tocom.compressed import Compressed
@@ -179,7 +179,7 @@ class Compressor(Part):
 
     role = "compressor"
     axis: ClassVar[str] = "tokens removed in each block"
-    saves: ClassVar[str] = "GFLOPs"
+    saves: ClassVar[str] = GFLOPS
     needs_class_token: ClassVar[bool] = False
     restores: ClassVar[bool] = False
     adapts: ClassVar[bool] = False

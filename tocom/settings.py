@@ -17,6 +17,8 @@ from tocom.errors import TocomError, suggest
 
 #: What stands where there is no compensator, and for adding no gap.
 PLAIN = "none"
+#: What compressors save unless they say otherwise.
+GFLOPS = "GFLOPs"
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]

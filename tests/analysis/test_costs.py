@@ -229,7 +229,7 @@ def test_a_model_that_is_used_as_it_is_takes_nothing_but_its_bytes(tmp_path):
 
 def test_the_words_are_those_of_language_models_and_of_segmentation(tmp_path):
     language = config(
-        ("sympy",), {"lorc": {"compressor": "lorc_lm"}, "added": {"like": "lorc", "compensator": "tocom_lm"}},
+        ("sympy",), {"lorc": {"compressor": "lorc"}, "added": {"like": "lorc", "compensator": "tocom_lm"}},
         train_degrees=[0], learn={"images": 24, "batch_size": 8}, finetune={"epochs": 2, "batch_size": 8},
     )  # fmt: skip
     language["backbones"] = [{"name": "vit", "architecture": "llama"}]

@@ -16,8 +16,6 @@ from tocom.analysis.planned import train_degrees
 from tocom.analysis.run import Run
 from tocom.analysis.tables import NOT_PLANNED, NOT_RUN, Table, Text, cost_text
 from tocom.files import load_metadata
-from tocom.jobs import learn_job
-from tocom.plan import learned_on
 from tocom.settings import Optimisation
 from tocom.study import ROLES
 
@@ -87,6 +85,9 @@ def gather(run: Run) -> list[dict]:
 
 def trainings(run: Run, backbone: str, method: str) -> Iterator[Training]:
     """Yield every training that a method needs on a backbone: once for all tasks, then by task and train degree."""
+    from tocom.jobs import learn_job  # these import torch, which tables do without
+    from tocom.plan import learned_on
+
     study = run.study
     for role in _learned_roles(run, backbone, method):
         name = partial(study.learned_name, backbone, seed=0, role=role)  # of a recipe, whatever the seeds

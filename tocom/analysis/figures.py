@@ -27,8 +27,7 @@ from tocom.analysis.planned import ALL, Scope, is_compensated, mismatches, plain
 from tocom.analysis.run import Run, primary, transfer_methods, transferred
 from tocom.analysis.stats import stars
 from tocom.analysis.tables import DECLINED, NOT_PLANNED, NOT_RUN, cost_text, gain_text, p_is, signed
-from tocom.parts import Compressor
-from tocom.settings import PLAIN
+from tocom.settings import GFLOPS, PLAIN
 
 #: Metadata without dates, so that the same numbers give the same bytes.
 CLEAN = {"png": {"Software": None}, "pdf": {"CreationDate": None, "Producer": None, "Creator": None}}
@@ -237,7 +236,7 @@ def _with_and_without(run: Run) -> list[tuple[str, str]]:
     for plain, ours in run.with_compensators():
         last = study.methods[ours[-1]].compensator
         best = next(method for method in ours if study.methods[method].compensator == last)
-        if study.methods[plain].compressor.part.saves == Compressor.saves and not is_compensated(study, plain):
+        if study.methods[plain].compressor.part.saves == GFLOPS and not is_compensated(study, plain):
             found.setdefault(study.methods[plain].compressor, (plain, best))
     return list(found.values())
 
@@ -245,7 +244,7 @@ def _with_and_without(run: Run) -> list[tuple[str, str]]:
 def _is_wide(run: Run) -> bool:
     """Return whether compressors are too many for panels of their own, and one has something to show in one panel."""
     compressors = {method.compressor for method in run.study.methods.values()}
-    return len(compressors) > _COLUMNS and run.cost_unit == Compressor.saves and bool(_with_and_without(run))
+    return len(compressors) > _COLUMNS and run.cost_unit == GFLOPS and bool(_with_and_without(run))
 
 
 def score_by_compressor(run: Run, backbone: str) -> Figure:

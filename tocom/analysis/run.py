@@ -27,7 +27,7 @@ from tocom.analysis.planned import (
 )
 from tocom.analysis.published import Published, read_published
 from tocom.files import load_metadata
-from tocom.settings import PLAIN
+from tocom.settings import GFLOPS, PLAIN
 
 if TYPE_CHECKING:
     from tocom.study import Checkpoint
@@ -169,7 +169,7 @@ class Run:
     @property
     def cost_unit(self) -> str:
         """What a method's cost is in: bytes of cache where cells tell them, else GFLOPs of one image."""
-        return "bytes of cache" if "cache_bytes" in self.cells.columns else "GFLOPs"
+        return "bytes of cache" if "cache_bytes" in self.cells.columns else GFLOPS
 
     def cost(self, backbone: str, method: str, scope: Scope, infer: int) -> float:
         """Return the cost of one image, or context, in :attr:`cost_unit`; NaN where that was not run."""
