@@ -17,7 +17,7 @@ from tocom.bundled import resolve
 from tocom.data.catalogue import owner_of, read_catalogue
 from tocom.data.listing import TaskKind
 from tocom.errors import TocomError
-from tocom.methods import DEFAULTS
+from tocom.methods import DEFAULTS, ROLES
 from tocom.parts import described
 from tocom.settings import (
     AdaptSettings,
@@ -33,7 +33,6 @@ from tocom.settings import (
 )
 from tocom.study import (
     FINETUNE,
-    ROLES,
     Checkpoint,
     DataSettings,
     Spec,

@@ -42,8 +42,6 @@ from tocom.settings import (
     explain,
 )
 
-#: Roles of the parts of a method that may be learned on a backbone.
-ROLES = ("compressor", "compensator")
 #: What a method may set for itself.
 OWN = ("seeds", "train_degrees", "infer_degrees")
 #: Groups that tables make of others.

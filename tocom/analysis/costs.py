@@ -16,8 +16,8 @@ from tocom.analysis.planned import train_degrees
 from tocom.analysis.run import Run
 from tocom.analysis.tables import NOT_PLANNED, NOT_RUN, Table, Text, cost_text
 from tocom.files import load_metadata
+from tocom.methods import ROLES
 from tocom.settings import Optimisation
-from tocom.study import ROLES
 
 #: What a training is, as costs.csv has it -> what tables call it.
 KINDS = {f"learn {role}": f"learn {role}, once" for role in ROLES}

@@ -12,7 +12,7 @@ import pandas as pd
 from tocom.analysis.cells import checked
 from tocom.analysis.run import Run
 from tocom.errors import TocomError
-from tocom.study import ROLES
+from tocom.methods import ROLES
 
 #: Columns of such a file, a row an epoch: loss of the training, held_out: what the best epoch is chosen by.
 COLUMNS = ("epoch", "loss", "held_out")

@@ -40,3 +40,5 @@ PARTS: dict[str, dict[str, str]] = {
 DEFAULTS = {"compressor": "tome", "tuning": "full", "compensator": "tocom"}
 #: What models read -> the compensator that work is measured with.
 COMPENSATORS = {"images": DEFAULTS["compensator"], "text": "tocom_lm"}
+#: Roles of the parts of a method that may be learned on a backbone.
+ROLES = ("compressor", "compensator")
