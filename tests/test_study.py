@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.small import refusal
 from tocom.analysis.planned import endpoint
-from tocom.jobs import EvaluateJob, FinetuneJob, LearnJob, Plan, concerns, read_job
+from tocom.jobs import EvaluateJob, FinetuneJob, LearnJob, Plan, read_job
 from tocom.methods import PARTS
 from tocom.parts import part_class
 from tocom.settings import STAGES, EvaluateSettings, FinetuneSettings, PretrainSettings
@@ -425,6 +425,19 @@ def test_methods_of_fewer_degrees_and_seeds_share_the_checkpoints_of_those_with_
     assert [Path(file).stem.rpartition("_")[2] for file in plan.adapted_from(where)] == ["seed-1"]
     job = plan.evaluate(where)
     assert (job.methods["few"].train_degrees, job.methods["few"].seeds) == (("0",), (1,))
-    meant = [(label, seed) for label in ("0", "4") for seed in (0, 1) if concerns(job.methods["few"], label, seed)]
+    meant = [(label, seed) for label in ("0", "4") for seed in (0, 1) if job.methods["few"].concerns(label, seed)]
     assert meant == [("0", 1)]
-    assert not concerns(plan.adapt(where), "4", 1)
+    assert not plan.adapt(where).concerns("4", 1)
+
+
+def test_what_is_adapted_from_zero_has_no_file_to_time_and_goes_as_far_as_its_method():
+    methods = {
+        "tome": {"compressor": "tome", "max_degree": 15},
+        "zero": {"like": "tome", "compensator": "widecom", "adapt": {"start": "zero"}},
+    }
+    plan = Plan({"config": changed(methods=methods, compare=[["tome", "zero"]], endpoint={})})
+    (study,) = plan.studies.values()
+    where = SimpleNamespace(study=study.study, backbone="glyph_vit", tuned="tome", method="zero")
+    assert plan.timed_compensators(where) == []
+    assert plan.throughput(where).methods == {"tome": False}
+    assert plan.adapt(where).max_degree == 15

@@ -165,8 +165,7 @@ def adapt(
 
     it = read_job(AdaptJob, job, sets or ())
     launch(processes, nodes, it.settings.device)
-    files = checkpoint[0] if len(checkpoint) == 1 else checkpoint
-    for about in stage(it, files, data, output, learned, workers):
+    for about in stage(it, checkpoint, data, output, learned, workers):
         before, after = about["held_out_kl_without"], about["held_out_kl"]
         gain = f"held-out loss {before:.4f} -> {after:.4f} nats (best epoch {about['best_epoch']})"
         say(f"train degree {about['train_degree']}, seed {about['seed']}: {gain}")
@@ -186,8 +185,7 @@ def evaluate(
     from tocom.stages.evaluate import evaluate as stage
 
     it = read_job(EvaluateJob, job, sets or ())
-    files = checkpoint[0] if len(checkpoint) == 1 else checkpoint
-    stage(it, files, data, grouped(compensator, "--compensator"), output)
+    stage(it, checkpoint, data, grouped(compensator, "--compensator"), output)
 
 
 @app.command()

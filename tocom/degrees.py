@@ -7,7 +7,7 @@ A degree is an integer ``r`` (tokens removed in every block), a list with one co
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from tocom.errors import TocomError
@@ -61,10 +61,16 @@ def limit(n_tokens: int, n_protected: int) -> int:
     return max(n_tokens - n_protected, 0) // 2
 
 
-def token_counts(degree: Degree, depth: int, n_tokens: int, n_protected: int) -> tuple[int, ...]:
-    """Return the number of tokens that leave each block, for images that enter with ``n_tokens``."""
+def token_counts(
+    degree: Degree, depth: int, n_tokens: int, n_protected: int, most: Callable[[int, int], int] = limit
+) -> tuple[int, ...]:
+    """Return the number of tokens that leave each block, for images that enter with ``n_tokens``.
+
+    Args:
+        most: (tokens, protected ones) -> the most that one block may remove.
+    """
     result = []
     for count in counts(degree, depth):
-        n_tokens -= min(count, limit(n_tokens, n_protected))
+        n_tokens -= min(count, most(n_tokens, n_protected))
         result.append(n_tokens)
     return tuple(result)

@@ -31,11 +31,12 @@ def checkpoint_files(checkpoints: Paths) -> list[Path]:
     Raises:
         TocomError: the folder holds none.
     """
-    if not isinstance(checkpoints, str | os.PathLike) or not Path(checkpoints).is_dir():
-        return listed(checkpoints)
-    files = sorted(Path(checkpoints).glob("*.safetensors"))
+    named = listed(checkpoints)
+    if len(named) != 1 or not named[0].is_dir():
+        return named
+    files = sorted(named[0].glob("*.safetensors"))
     if not files:
-        raise TocomError(f"{checkpoints} holds no checkpoints; fine-tune some first (`tocom finetune`)")
+        raise TocomError(f"{named[0]} holds no checkpoints; fine-tune some first (`tocom finetune`)")
     return files
 
 

@@ -139,28 +139,30 @@ class FinetuneJob(Job):
         return FINETUNE[self.task_kind].model_validate(self.settings)
 
 
-class AdaptJob(Job):
+class OfCheckpoints(Settings):
+    """What is about checkpoints of one task, or about some of them."""
+
+    train_degrees: tuple[str, ...] | None = Field(None, description="of the checkpoints that it is about; null: all")
+    seeds: tuple[int, ...] | None = Field(None, description="of the checkpoints that it is about; null: all")
+
+    def concerns(self, train_degree: str, seed: int) -> bool:
+        """Return whether it is about the checkpoint of a train degree and seed."""
+        return train_degree in (self.train_degrees or (train_degree,)) and seed in (self.seeds or (seed,))
+
+
+class AdaptJob(OfCheckpoints, Job):
     """Adapt a compensator to the checkpoints of one task, on its images without labels."""
 
     compensator: PartSpec = Field(DEFAULTS["compensator"], description="what is adapted")
-    train_degrees: tuple[str, ...] | None = Field(None, description="of the checkpoints to adapt to; null: all")
-    seeds: tuple[int, ...] | None = Field(None, description="of the checkpoints to adapt to; null: all")
     max_degree: int = Field(ge=1, description="highest degree")
     settings: AdaptSettings = AdaptSettings()
 
 
-def concerns(it: AdaptJob | EvaluatedMethod, train_degree: str, seed: int) -> bool:
-    """Return whether a job, or a method of it, is about the checkpoint of a train degree and seed."""
-    return (it.train_degrees is None or train_degree in it.train_degrees) and (it.seeds is None or seed in it.seeds)
-
-
-class EvaluatedMethod(Settings):
+class EvaluatedMethod(OfCheckpoints):
     """How one of the methods that share a checkpoint is evaluated."""
 
     compensated: bool = Field(False, description="whether it adds a compensator, whose file is given")
     infer_degrees: tuple[int, ...] = Field(min_length=1)
-    train_degrees: tuple[str, ...] | None = Field(None, description="of the checkpoints it is about; null: all")
-    seeds: tuple[int, ...] | None = Field(None, description="of the checkpoints it is about; null: all")
     scales: tuple[float, ...] | None = Field(
         None, min_length=1, description="candidate scales; null: those of the settings"
     )
@@ -341,7 +343,7 @@ class Plan:
     def pretrain(self, wildcards: Any) -> PretrainJob:
         """Return the job that pre-trains a backbone."""
         study, name = self.backbones[wildcards.store, wildcards.backbone], wildcards.backbone
-        entry, highest = study.backbone(name), study.max_degree_of(next(iter(study.methods)))
+        entry, highest = study.backbone(name), study.pretrained_to
         return PretrainJob(
             architecture=entry.architecture,
             kwargs=entry.kwargs,
@@ -376,7 +378,7 @@ class Plan:
             compensator=study.methods[name].compensator.described(),
             train_degrees=study.train_degrees_of(name),
             seeds=study.seeds_of(name),
-            max_degree=study.max_degree,
+            max_degree=study.max_degree_of(name),
             settings=study.adapt_for(name),
         )
 
@@ -388,8 +390,7 @@ class Plan:
 
     def adapted_to(self, wildcards: Any, pattern: str) -> str:
         """Return the folder of checkpoints that a method's compensator is adapted to, from its pattern."""
-        names = {name: getattr(wildcards, name) for name in ("study", "backbone", "task", "batch")}
-        return pattern.format(tuned=self.study(wildcards).tuned_as(wildcards.method), **names)
+        return _of_batch(wildcards, pattern, tuned=self.study(wildcards).tuned_as(wildcards.method))
 
     def evaluate(self, wildcards: Any) -> EvaluateJob:
         """Return the job that evaluates a batch of checkpoints."""
@@ -448,9 +449,8 @@ class Plan:
     def adapted(self, wildcards: Any, pattern: str) -> list[tuple[str, str]]:
         """Return (method, folder) of the compensators that are adapted to a batch of checkpoints, by their pattern."""
         study = self.study(wildcards)
-        names = {name: getattr(wildcards, name) for name in ("study", "backbone", "task", "batch")}
         methods = [name for name in study.sharing(wildcards.tuned) if study.methods[name].adapt is not None]
-        return [(name, pattern.format(method=name, **names)) for name in methods]
+        return [(name, _of_batch(wildcards, pattern, method=name)) for name in methods]
 
     def timed_compensators(self, wildcards: Any) -> list[tuple[str, str]]:
         """Return (method, file) of the compensators that are timed beside ``tuned``: any seed costs the same."""
@@ -544,7 +544,8 @@ class Plan:
         compensator that has its compressor; a variant of a compensator costs the same once it is folded in."""
         wanted, kinds = study.methods[tuned].compressor.described(), {}
         for name, method in study.methods.items():
-            if method.compensator is not None and method.compressor.described() == wanted:
+            learned = study.learned_name(study.backbones[0].name, name, study.seeds_of(name)[0], "compensator")
+            if learned is not None and method.compressor.described() == wanted:
                 kinds.setdefault(method.compensator.kind, name)
         return [study.plain_of(tuned), *kinds.values()]
 
@@ -574,6 +575,13 @@ class Plan:
     def _first_of_compressor(study: Study, name: str) -> bool:
         wanted = study.methods[name].compressor.described()
         return name == next(tuned for tuned in study.tuned if study.methods[tuned].compressor.described() == wanted)
+
+
+def _of_batch(wildcards: Any, pattern: str, **other: str) -> str:
+    """Return a pattern filled in for a batch of checkpoints, and something else that it names."""
+    return pattern.format(
+        **{name: getattr(wildcards, name) for name in ("study", "backbone", "task", "batch")}, **other
+    )
 
 
 def learn_job(study: Study, backbone: str, method: str, seed: int, role: str) -> LearnJob:

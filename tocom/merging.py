@@ -71,7 +71,7 @@ def merge(x: Tensor, size: Tensor, matching: Matching) -> tuple[Tensor, Tensor]:
 
 
 class BlockCosts(NamedTuple):
-    """Multiply-adds of the blocks of a ViT, counted as :func:`tocom.vit.gflops` counts them.
+    """Multiply-adds of the blocks of a ViT, counted as :func:`tocom.compressed.gflops` counts them.
 
     Attributes:
         attention, mlp: of one token in a block's linear layers, those of its attention and those beside or in its MLP.

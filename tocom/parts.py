@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from tocom.degrees import Degree, counts, limit, token_counts
 from tocom.errors import TocomError, suggest
-from tocom.files import Paths, check_finite, digest, listed, load_tensors, save_tensors
+from tocom.files import Paths, check_finite, digest, listed, load_metadata, load_tensors, save_tensors
 from tocom.methods import PARTS
 from tocom.settings import GFLOPS, DegreeSettings, Settings, explain
 
@@ -80,6 +80,12 @@ class Part(nn.Module):
     def label(cls, options: Settings) -> str:
         """Return what tables call it with these options."""
         return cls.title
+
+    @classmethod
+    def noted(cls, *notes: str | None) -> str:
+        """Return the title, and in brackets what there is to be noted of the options."""
+        said = ", ".join(filter(None, notes))
+        return f"{cls.title} ({said})" if said else cls.title
 
     @classmethod
     def learns(cls, options: Settings) -> bool:
@@ -209,7 +215,11 @@ class Compressor(Part):
 
     def token_counts(self, degree: Degree, depth: int, n_tokens: int, prefix: int) -> tuple[int, ...]:
         """Return the number of tokens that leave each block."""
-        return token_counts(0 if self.restores else self.counts(degree, depth), depth, n_tokens, prefix)
+        return token_counts(0 if self.restores else self.counts(degree, depth), depth, n_tokens, prefix, self.most)
+
+    def most(self, n_tokens: int, prefix: int) -> int:
+        """Return the most tokens that a block may remove of so many: half of those that are no prefix."""
+        return limit(n_tokens, prefix)
 
     def project(self, attn: nn.Module, x: Tensor, tokens: Tokens) -> Sequence[Tensor]:
         """Return queries, keys and values [B, heads, N, head_dim] of normalised tokens x [B, N, D].
@@ -234,8 +244,8 @@ class Compressor(Part):
         return tokens.now(tokens.x + mlp(tokens.x), tokens.size)
 
     def compress(self, tokens: Tokens, attention: Attention) -> Tokens:
-        """Remove ``tokens.count`` tokens, but half of those that are no prefix at most; see :meth:`reduce`."""
-        count = min(tokens.count, limit(tokens.x.shape[1], tokens.prefix))
+        """Remove ``tokens.count`` tokens, but :meth:`most` of them; see :meth:`reduce`."""
+        count = min(tokens.count, self.most(tokens.x.shape[1], tokens.prefix))
         return self.reduce(replace(tokens, count=count), attention) if count else tokens
 
     def reduce(self, tokens: Tokens, attention: Attention) -> Tokens:
@@ -590,7 +600,7 @@ def file_of_seed(paths: Paths, seed: int) -> Path:
         TocomError: of several, not just one says that it was learned with the seed; or one cannot be read.
     """
     files = listed(paths)
-    found = files if len(files) == 1 else [path for path in files if load_tensors(path)[1].get("seed") == seed]
+    found = files if len(files) == 1 else [path for path in files if load_metadata(path).get("seed") == seed]
     if len(found) != 1:
         raise TocomError(
             f"{len(found)} of the files {', '.join(map(str, files))} say that they were learned with seed {seed}, that"

@@ -76,8 +76,7 @@ class Pipeline(Share):
         back = None if usual else "gradients whole" if options.backward == "none" else f"{options.backward} gradients"
         milder = None if options.backward_degree is None else f"gradients at {options.backward_degree}"
         feedback = None if options.feedback == "none" else options.feedback.replace("_", "-").upper()
-        notes = ", ".join(filter(None, (back, milder, feedback)))
-        return f"{cls.title} ({notes})" if notes else cls.title
+        return cls.noted(back, milder, feedback)
 
     def squeeze(self, x: Tensor, count: int) -> Tensor | Sent:
         """Return what is sent of tensors x [B, n], image by image, without ``count`` sixteenths."""

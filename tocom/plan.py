@@ -194,7 +194,7 @@ def _of_task(study: Study, tuned: str, task: str, sizes: Mapping[str, float], su
             method, adapted = study.methods[name], study.adapt_for(name)
             if adapted is not None and source is not None:
                 trained, scored = n * _trained(sizes["train"], adapted), 2 * n * sizes["val"] * (adapted.epochs + 1)
-                every = range(study.max_degree + 1)
+                every = range(study.max_degree_of(name) + 1)
                 yield Passes("adapt", "distillation", subject, adapted.precision, every, trained)
                 yield Passes("adapt", "evaluation", subject, adapted.precision, every, scored)
             every, added = method.infer_degrees or study.infer_degrees, method.compensator is not None

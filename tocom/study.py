@@ -476,7 +476,7 @@ class Study(Settings):
         for backbone in self.backbones:
             settings, where = self.pretrain_for(backbone.name), f"backbone {backbone.name!r}: pretrain"
             if backbone.architecture:
-                check_pretraining(settings, self.pretrained_behind, self.max_degree, where)
+                check_pretraining(settings, self.pretrained_behind, self.pretrained_to, where)
         sizes = {backbone.image_size for backbone in self.backbones}
         if len(sizes) > 1:
             raise ValueError(f"backbones take images of different sizes {sorted(sizes)}; give each size its own study")
@@ -592,10 +592,15 @@ class Study(Settings):
         return self.methods[method].seeds or self.seeds
 
     @property
+    def most_seeds(self) -> int:
+        """How many seeds the method with the most of them has."""
+        return max(len(self.seeds_of(method)) for method in self.methods)
+
+    @property
     def seeds_text(self) -> str:
         """How many seeds methods have."""
-        counts = sorted({len(self.seeds_of(method)) for method in self.methods})
-        return " to ".join(str(count) for count in dict.fromkeys((counts[0], counts[-1])))
+        fewest = min(len(self.seeds_of(method)) for method in self.methods)
+        return " to ".join(map(str, dict.fromkeys((fewest, self.most_seeds))))
 
     def infer_degrees_of(self, method: str) -> tuple[int, ...]:
         """Return a method's inference degrees."""
@@ -686,10 +691,15 @@ class Study(Settings):
         """The compressor that backbones are pre-trained with, if their steps draw degrees, and scored with."""
         return next(iter(self.methods.values())).compressor
 
+    @property
+    def pretrained_to(self) -> int:
+        """The highest degree that steps of pre-training draw."""
+        return self.max_degree_of(next(iter(self.methods)))
+
     def meaning_of(self, backbone: str) -> tuple[Any, ...]:
         """Return all that a backbone's checkpoint depends on, which studies that share a store have to agree on."""
         entry, settings = self.backbone(backbone), self.pretrain_for(backbone)
-        drawn = (self.pretrained_behind.described(), self.max_degree) if settings.degree == "random" else None
+        drawn = (self.pretrained_behind.described(), self.pretrained_to) if settings.degree == "random" else None
         made = (settings, drawn) if entry.architecture else None
         return entry.model_copy(update={"pretrain": {}}), made
 

@@ -187,7 +187,7 @@ def _plain(study) -> Entry:
 
 
 def _not_drawn(study) -> str:
-    if study.seeds_text == "1":
+    if study.most_seeds < 2:
         return "; none with one seed"
     learns = any(map(study.learns, study.methods))
     return "; what a learned part does to all tasks alike is not in it" if learns else ""

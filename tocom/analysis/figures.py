@@ -55,9 +55,8 @@ def draw(run: Run, backbone: str) -> dict[str, Figure]:
     plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 160, "pdf.fonttype": 42, "font.family": "DejaVu Sans"})
     figures = {"accuracy_vs_gflops": (score_by_compressor if _is_wide(run) else score_against_cost)(run, backbone)}
     figures |= {"gain_heatmap": gain_heatmap(run, backbone)} if run.study.compare else {}
-    figures |= (
-        {"mismatch": mismatch_maps(run, backbone)} if any(mismatches(run.study, m) for m in run.study.methods) else {}
-    )
+    if any(mismatches(run.study, method) for method in run.study.methods):
+        figures["mismatch"] = mismatch_maps(run, backbone)
     figures |= {"gap_transfer": gap_transfer(run, backbone)} if run.study.transfer else {}
     figures |= methods_compared(run, backbone)
     there = curves(run, backbone)
@@ -114,8 +113,7 @@ def score_against_cost(run: Run, backbone: str) -> Figure:
 
     Colours are for train degrees, lines for methods; each compressor has panels of its own. Of many
     compensated methods that share models with a plain one, one is drawn: that of the pair declared first, or else the
-    first. Bars are one
-    standard deviation over seeds. The panel of the primary endpoint names its gain.
+    first. Bars are one standard deviation over seeds. The panel of the primary endpoint names its gain.
     """
     study, by_compressor = run.study, {}
     for method in _drawn(run):

@@ -41,6 +41,8 @@ STARS_CAPTION = (
     "A star says that other trainings, evaluated on other images of these tasks, would differ in the same direction "
     "(* p < 0.05, ** p < 0.01, *** p < 0.001, corrected for all gains that are shown here)."
 )
+#: The same where losses are shown.
+LOSS_STARS_CAPTION = STARS_CAPTION.replace("all gains", "all losses")
 #: What captions say of the average over VTAB-1k.
 VTAB_NOTE = f"{VTAB} is the mean of its tasks, 19 in all; other papers average the means of its three groups"
 
@@ -191,7 +193,7 @@ def gain_cell(pair: Pair | None, corrected: pd.Series, with_p: bool = False) -> 
 
 def gain_caption(run: Run) -> str:
     """Return what the captions of all tables with gains say of them."""
-    if run.study.seeds_text == "1":
+    if run.study.most_seeds < 2:
         return (
             "Gain: points, with its 95 % interval over other test images alone: one training cannot speak for others."
         )
@@ -449,15 +451,12 @@ def mismatch_table(run: Run, backbone: str, scope: Scope) -> Table:
                 for infer in runs
             ]
             rows.append([Text("" if number else run.title(method)), Text(train), *cells])
-    several = study.seeds_text != "1"
     caption = (
         f"Points of test {study.metric} that are lost where a model runs at another degree than it was trained at: the "
         "score of models that were trained at that degree less its own, with the 95 % interval "
         + (
-            "over other trainings and other test images. A star says that other trainings, evaluated on other images "
-            "of these tasks, would differ in the same direction (* p < 0.05, ** p < 0.01, *** p < 0.001, corrected by "
-            "Holm's method for all losses that are shown here). "
-            if several
+            f"over other trainings and other test images. {LOSS_STARS_CAPTION} "
+            if study.most_seeds > 1
             else "over other test images alone: one training cannot speak for others. "
         )
         + f"Where both degrees are the same: the score in %, {averages(run, scope)}."

@@ -126,8 +126,7 @@ class SparseTuning(EViT):
         """Return what tables call it with these options."""
         blocks = None if options.blocks is None else f"blocks {', '.join(map(str, options.blocks))}"
         fuse = {"sum": None, "mean": "mean", "none": "not fused"}[options.fuse]
-        notes = ", ".join(filter(None, (blocks, fuse, "embedding" if options.embedding else None)))
-        return f"{cls.title} ({notes})" if notes else cls.title
+        return cls.noted(blocks, fuse, "embedding" if options.embedding else None)
 
     def _places(self, depth: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return the blocks that prune, and those that start a group."""
@@ -202,20 +201,13 @@ class SparseTuning(EViT):
             raise TocomError(f"degree {degree!r} removes tokens in block {within[0]}, within a group; put 0 there")
         return removed
 
-    def token_counts(self, degree: Degree, depth: int, n_tokens: int, prefix: int) -> tuple[int, ...]:
-        """Return the number of tokens that leave each block; one patch always stays."""
-        result = []
-        for count in self.counts(degree, depth):
-            n_tokens -= self._limited(count, n_tokens, prefix)
-            result.append(n_tokens)
-        return tuple(result)
-
     @property
     def _fused(self) -> int:
         return int(self.options.fuse != "none")
 
-    def _limited(self, count: int, n: int, prefix: int) -> int:
-        return min(count, max(n - prefix - 1 - self._fused, 0))
+    def most(self, n_tokens: int, prefix: int) -> int:
+        """Return the most tokens that a block may remove of so many: one patch always stays."""
+        return max(n_tokens - prefix - 1 - self._fused, 0)
 
     # --- tokens ---------------------------------------------------------------------------------------------
 
@@ -224,11 +216,6 @@ class SparseTuning(EViT):
         if self.options.embedding and tokens.block == 0:
             tokens.memory["linked"] = tokens.x
         return super().project(attn, x, tokens)
-
-    def compress(self, tokens: Tokens, attention: Attention) -> Tokens:
-        """Prune the block's tokens; one patch always stays."""
-        count = self._limited(tokens.count, tokens.x.shape[1], tokens.prefix)
-        return self.reduce(replace(tokens, count=count), attention) if count else tokens
 
     def around_mlp(self, tokens: Tokens, attention: Attention, mlp: Callable[[Tensor], Tensor]) -> Tokens:
         """Finish a block: prune tokens, add the MLP's branch and the adapter's; at its end those of a group again."""

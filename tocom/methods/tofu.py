@@ -85,8 +85,7 @@ class ToFu(Compressor):
         """Return what tables call it with these options."""
         blocks = None if options.pruning_blocks is None else f"{options.pruning_blocks} blocks prune"
         scale = {"mlerp": None, "receiver": "receiver's norm", "none": "mean"}[options.scale]
-        notes = ", ".join(filter(None, (blocks, scale, "sizes" if options.sizes else None)))
-        return f"{cls.title} ({notes})" if notes else cls.title
+        return cls.noted(blocks, scale, "sizes" if options.sizes else None)
 
     def prunes(self, block: int) -> bool:
         """Return whether a block prunes."""

@@ -13,12 +13,12 @@ import torch
 
 from tocom import distributed
 from tocom.errors import TocomError
-from tocom.files import Paths, checkpoint_files, sha256, write_rows
-from tocom.jobs import AdaptJob, concerns
+from tocom.files import Paths, checkpoint_files, load_metadata, sha256
+from tocom.jobs import AdaptJob
 from tocom.models import compress, family_of, load_model, pick_device
-from tocom.parts import Compensator, Shape, describe, file_of_seed, load_part, make_part, save_part, source_degree
+from tocom.parts import Compensator, Shape, describe, file_of_seed, load_part, make_part, source_degree
 from tocom.seeds import derive_seed
-from tocom.stages.learn import train
+from tocom.stages.learn import keep, train
 from tocom.tasks import Task, load_task
 from tocom.training import compiled, explained, forget, make_deterministic
 
@@ -67,9 +67,9 @@ def adapt(
 
 
 def _is_meant(job: AdaptJob, path: Path) -> bool:
-    meta = load_model(path)[1]
+    meta = load_metadata(path)
     label = str(meta["train_degree"])
-    return source_degree(label) is not None and concerns(job, label, meta["seed"])
+    return source_degree(label) is not None and job.concerns(label, meta["seed"])
 
 
 def _state(output: Path) -> Path:
@@ -77,13 +77,13 @@ def _state(output: Path) -> Path:
     return output.parent.with_name(f"{output.parent.name}.{output.name}")
 
 
-def _start(job: AdaptJob, learned: Paths | None, seed: int, source: int, shape: Shape) -> Compensator:
+def _start(job: AdaptJob, learned: Path | None, seed: int, source: int, shape: Shape) -> Compensator:
     """Return what is adapted; what was learned for another source degree than the model's is no help to start from."""
     torch.manual_seed(derive_seed(seed, "compensator"))
     fresh = make_part("compensator", job.compensator, shape, job.max_degree)
     if learned is None:
         return fresh
-    part = load_part(file_of_seed(learned, seed), "compensator")
+    part = load_part(learned, "compensator")
     if describe(part) != describe(fresh):
         raise TocomError(f"{learned} holds {describe(part)}, the job is about {job.compensator}; give one of that kind")
     return part if part.source in (None, source) else fresh
@@ -98,14 +98,15 @@ def _adapt(
     student, _ = load_model(checkpoint, drop_path_rate=settings.drop_path)
     source, seed = source_degree(meta["train_degree"]), meta["seed"]
     family = family_of(teacher)
-    part = _start(job, learned, seed, source, family.shape_of(teacher))
+    start = None if learned is None else file_of_seed(learned, seed)
+    part = _start(job, start, seed, source, family.shape_of(teacher))
     both = [compress(model.to(task.device), meta, meta["compressor"], source) for model in (teacher, student)]
     part.compressor = describe(both[0].compressor)
     objective = part.objective(*both, settings.compile is not None).to(task.device)
     objective.compiled(lambda vit: compiled(vit, settings))
     objective.source = source
     inputs = {"checkpoint": sha256(checkpoint), "data": sha256(data)}
-    inputs["learned"] = None if learned is None else sha256(file_of_seed(learned, seed))
+    inputs["learned"] = None if start is None else sha256(start)
     images, held_out = task.unlabelled(teacher)
     title = f"adapt {describe(part)['kind']} to {task.name} degree {source} seed {seed}"
     of_run = derive_seed(seed, task.name, str(source))
@@ -114,9 +115,4 @@ def _adapt(
     about = {name: meta[name] for name in ("backbone_sha256", "train_degree", "task")}
     about |= family.how(meta) | family.run_as(teacher)
     about |= {"seed": seed, "recipe": settings.recipe(), "adapted_to": inputs["checkpoint"]}
-    if distributed.is_main():
-        write_rows(trained.pop("epochs"), output.with_suffix(".csv"))
-        part.metadata = about | trained
-        save_part(output, part)
-    distributed.wait_for_all()
-    return about | trained
+    return keep(part, output, about, trained)

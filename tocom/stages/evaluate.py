@@ -17,7 +17,7 @@ from tqdm import tqdm
 from tocom.compressed import Compressed, gflops
 from tocom.errors import TocomError
 from tocom.files import Paths, checkpoint_files, listed, save_arrays, sha256
-from tocom.jobs import EvaluatedMethod, EvaluateJob, concerns
+from tocom.jobs import EvaluatedMethod, EvaluateJob
 from tocom.models import compress, family_of, load_model, pick_device
 from tocom.parts import Compensator, file_of_seed, kind_of, load_part, source_degree
 from tocom.settings import PLAIN, EvaluateSettings
@@ -111,7 +111,7 @@ def evaluate_checkpoint(
     chosen = {
         name: how
         for name, how in job.methods.items()
-        if concerns(how, str(meta["train_degree"]), meta["seed"]) and (source is not None or not how.compensated)
+        if how.concerns(str(meta["train_degree"]), meta["seed"]) and (source is not None or not how.compensated)
     }
     methods = [_method(name, how, compensators, checkpoint, meta["seed"]) for name, how in chosen.items()]
     for method in methods:
@@ -218,7 +218,7 @@ def check_compensator(checkpoint: str | os.PathLike, meta: dict, model: nn.Modul
             f" ({meta['backbone_sha256'][:12]}, {made_for[:12]}); learn one for its backbone"
         )
     adapted_to = compensator.metadata.get("adapted_to")
-    if adapted_to not in (None, sha256(checkpoint)):
+    if adapted_to is not None and adapted_to != sha256(checkpoint):
         raise TocomError(f"{checkpoint} is not the model that this compensator was adapted to; adapt one to it")
     run = family_of(model).how(meta) | family_of(model).run_as(model)
     for name, value in run.items():

@@ -179,13 +179,27 @@ def learn(
             "seed": job.seed,
             "recipe": settings.recipe(),
         }
-        if distributed.is_main():
-            write_rows(trained.pop("epochs"), Path(output).with_suffix(".csv"))
-            part.metadata = described | trained
-            save_part(output, part)
-        distributed.wait_for_all()
+        kept = keep(part, Path(output), described, trained)
         forget(output)
-        return described | trained
+        return kept
+
+
+def keep(part: Part, output: Path, about: dict, trained: dict) -> dict:
+    """Write a part that was trained, and its curve beside it with the ending .csv.
+
+    Args:
+        trained: what :func:`train` returned.
+
+    Returns:
+        What is stored with the part.
+    """
+    epochs = trained.pop("epochs")
+    if distributed.is_main():
+        write_rows(epochs, output.with_suffix(".csv"))
+        part.metadata = about | trained
+        save_part(output, part)
+    distributed.wait_for_all()
+    return about | trained
 
 
 def train(
