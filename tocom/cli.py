@@ -90,6 +90,11 @@ def pretrain(
     say(f"held-out {figure.replace('_', ' ')} by degree: {about[figure]} after {about['minutes']:.1f} minutes")
 
 
+def _held_out(about: dict) -> str:
+    before, after = about["held_out_kl_without"], about["held_out_kl"]
+    return f"held-out loss {before:.4f} -> {after:.4f} nats (best epoch {about['best_epoch']})"
+
+
 @app.command()
 def learn(
     job: JobArgument,
@@ -109,9 +114,8 @@ def learn(
     it = read_job(LearnJob, job, sets or ())
     launch(processes, nodes, it.settings.device)
     about = stage(it, backbone, output, learned, workers)
-    before, after = about["held_out_kl_without"], about["held_out_kl"]
-    say(f"held-out loss {before:.4f} -> {after:.4f} nats (best epoch {about['best_epoch']})")
-    if after >= before:
+    say(_held_out(about))
+    if about["held_out_kl"] >= about["held_out_kl_without"]:
         say("WARNING: it is no better than without; every model will do best to decline it. Change the learn section")
 
 
@@ -166,9 +170,7 @@ def adapt(
     it = read_job(AdaptJob, job, sets or ())
     launch(processes, nodes, it.settings.device)
     for about in stage(it, checkpoint, data, output, learned, workers):
-        before, after = about["held_out_kl_without"], about["held_out_kl"]
-        gain = f"held-out loss {before:.4f} -> {after:.4f} nats (best epoch {about['best_epoch']})"
-        say(f"train degree {about['train_degree']}, seed {about['seed']}: {gain}")
+        say(f"train degree {about['train_degree']}, seed {about['seed']}: {_held_out(about)}")
 
 
 @app.command()
