@@ -19,7 +19,7 @@ from tocom import lm
 from tocom.bundled import resolve
 from tocom.compressed import Compressed
 from tocom.errors import TocomError, suggest
-from tocom.files import check_finite, digest, load_tensors, save_tensors
+from tocom.files import check_finite, digest, load_metadata, load_tensors, save_tensors
 from tocom.files import sha256 as sha256_of
 from tocom.folding import is_folded
 from tocom.gpus import claim
@@ -376,7 +376,7 @@ def check_classifier(model: nn.Module, name: str | os.PathLike) -> None:
 
 def _is_own(path: Path) -> bool:
     """Return whether a file is a checkpoint that :func:`save_model` wrote."""
-    return path.suffix == ".safetensors" and load_tensors(path)[1].get("kind") == "model"
+    return path.suffix == ".safetensors" and load_metadata(path).get("kind") == "model"
 
 
 def _full_name(architecture: str) -> str:

@@ -12,7 +12,7 @@ from tocom.analysis.run import Run
 from tocom.analysis.scores import BitsSaved, bits_per_byte
 from tocom.analysis.tables import NOT_PLANNED, NOT_RUN, Table, Text, averages, cost_text
 from tocom.errors import TocomError
-from tocom.files import load_arrays
+from tocom.files import load_metadata
 
 
 def perplexity_tables(run: Run, scopes: Sequence[Scope]) -> list[Table]:
@@ -78,7 +78,7 @@ def _texts(run: Run, scope: Scope) -> str:
     found = []
     for task in scope.tasks:
         try:
-            found.append(f"{task}: {load_arrays(run.folder / 'data' / f'{task}.safetensors')[1]['source']}.")
+            found.append(f"{task}: {load_metadata(run.folder / 'data' / f'{task}.safetensors')['source']}.")
         except TocomError:
             continue
     return " ".join(found)
