@@ -39,7 +39,7 @@ def cells(folder: FolderArgument, output: Output, predictions: PredictionsArgume
 
 @app.command()
 def compare(folder: FolderArgument, output: FolderOption, predictions: PredictionsArgument = None) -> None:
-    """Compare methods pair by pair: significance.csv, harm.csv; and with what mismatches cost: mismatch.csv."""
+    """Compare methods pair by pair (significance.csv, pairwise.csv), and say what costs (harm.csv, mismatch.csv)."""
     from tocom.analysis import compare as stage
     from tocom.analysis.cells import records
     from tocom.analysis.planned import prediction_files
@@ -48,7 +48,7 @@ def compare(folder: FolderArgument, output: FolderOption, predictions: Predictio
 
     study = read_study(folder / "study.json")
     there = records(predictions or prediction_files(study, folder))
-    made = {"significance": stage.compare, "harm": stage.harm, "mismatch": stage.mismatch}
+    made = {"significance": stage.compare, "harm": stage.harm, "mismatch": stage.mismatch, "pairwise": stage.pairwise}
     for name, frame in {name: make(study, there) for name, make in made.items()}.items():
         write_text(output / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n", float_format="%.10g"))
 

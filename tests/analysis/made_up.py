@@ -140,6 +140,7 @@ def make(root, config, arrays_of=None, keep=lambda **where: True):
     compare.compare(study, there).to_csv(root / "significance.csv", index=False)
     compare.harm(study, there).to_csv(root / "harm.csv", index=False)
     compare.mismatch(study, there).to_csv(root / "mismatch.csv", index=False)
+    compare.pairwise(study, there).to_csv(root / "pairwise.csv", index=False)
     models = list(product([backbone.name for backbone in study.backbones], study.methods))
     speeds = [
         {"backbone": b, "method": m, "infer_degree": n, "compensated": bool(study.methods[m].compensator),

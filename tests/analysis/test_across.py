@@ -141,7 +141,21 @@ def test_bars_join_the_largest_groups_that_cannot_be_told_apart(seed):
     means, critical = np.random.default_rng(seed).choice(np.arange(1, 6, 0.25), 6), 1.1
     sets = [set(s) for n in range(2, 7) for s in combinations(sorted(set(means)), n) if max(s) - min(s) < critical]
     largest = [one for one in sets if not any(one < other for other in sets)]
-    assert alike(means, critical) == sorted((min(one), max(one)) for one in largest)
+    apart = np.abs(means[:, None] - means) >= critical
+    assert alike(means, apart) == sorted((min(one), max(one)) for one in largest)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_tells_them_apart_bars_join_neighbours_that_all_tests_leave_together(seed):
+    rng = np.random.default_rng(seed)
+    means, k = rng.permutation(np.arange(1.0, 8.0)), 7
+    apart = np.triu(rng.random((k, k)) < 0.3, 1)
+    apart |= apart.T
+    by_rank = means.argsort()
+    rows = [by_rank[i:j] for i in range(k) for j in range(i + 2, k + 1)]
+    together = [row for row in rows if not apart[np.ix_(row, row)].any()]
+    largest = [r for r in together if not any(set(r) < set(other) for other in together)]
+    assert alike(means, apart) == sorted((means[row[0]], means[row[-1]]) for row in largest)
 
 
 # --- which entries ----------------------------------------------------------------------------------------------------
@@ -212,7 +226,9 @@ def test_what_was_not_run_says_so_and_takes_no_part_in_ranks(tmp_path):
 def test_too_many_for_too_few_tasks_cannot_be_told_apart(tmp_path):
     (table,) = make_tables(Run.read(made_up.make(tmp_path, ABLATED)))["methods"]
     assert "on 2 tasks: p = 0.1353" in table.caption
-    assert table.caption.endswith("differ by 2.34, so none can be.")
+    assert table.caption.endswith(
+        "differ by 2.34, so none can be; the figure of ranks takes the tests of pairwise.csv instead."
+    )
 
 
 def test_one_seed_has_no_intervals(tmp_path):
@@ -314,5 +330,32 @@ def test_the_diagram_of_ranks_names_every_method_and_the_critical_difference(dem
     for name, row in list(texts(table).items())[:3]:
         assert f" {name}  {row[4]} " in said or f" {row[4]}  {name} " in said
     assert "critical difference 1.91" in said
+    assert "tests over trainings" not in said
     alone = Run.read(made_up.make(tmp_path, config(methods=TOME | TOCOM)))
     assert list(figures.methods_compared(alone, "vit")) == ["profiles"]
+
+
+def test_where_tasks_are_too_few_the_diagram_takes_the_tests_of_every_pair(tmp_path):
+    root = made_up.make(tmp_path, config(("digits", "mnist5k")))
+    frame = pd.read_csv(root / "pairwise.csv")
+    frame["p"] = [0.03, 0.001, 0.02]  # Holm: 0.04, 0.003, 0.04
+    frame.to_csv(root / "pairwise.csv", index=False)
+
+    def bars():
+        (axis,) = figures.methods_compared(Run.read(root), "vit")["ranks"].axes
+        assert any("tests over trainings and images" in text.get_text() for text in axis.texts)
+        return [len(line.get_xdata()) for line in axis.lines if line.get_linewidth() == 4]
+
+    assert bars() == []
+    frame.loc[0, "p"] = 0.2  # tome and tocom, the last by rank and its neighbour
+    frame.to_csv(root / "pairwise.csv", index=False)
+    assert bars() == [2]
+
+
+def test_many_methods_have_a_panel_of_profiles_for_each_plain_one(tmp_path):
+    more = {f"rank{n}": {"like": "tocom", "compensator": {"rank": n}, "title": f"rank {n}"} for n in range(3, 9)}
+    run = Run.read(made_up.make(tmp_path, config(("digits",), DEMO | more | made_up.EVIT)))
+    axes = figures.methods_compared(run, "vit")["profiles"].axes
+    names = [[text.get_text() for text in axis.get_legend().texts] for axis in axes]
+    own = ["ToMe", "ToMe + ToCom", "ToMe, random degrees", *(f"rank {n}" for n in range(3, 9)), "ToMe, matched"]
+    assert names == [own, ["EViT", "EViT + ToCom", "EViT, matched"]]

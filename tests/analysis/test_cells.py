@@ -14,7 +14,7 @@ from tests.analysis import made_up
 from tests.analysis.made_up import config, significance_of
 from tocom.analysis import planned, stats
 from tocom.analysis.cells import COLUMNS, KEYS, gather, read_cells, records
-from tocom.analysis.compare import MISMATCH_COLUMNS, compare, corrected, harm, mismatch
+from tocom.analysis.compare import MISMATCH_COLUMNS, PAIRWISE_COLUMNS, compare, corrected, harm, mismatch
 from tocom.analysis.headline import headline
 from tocom.analysis.planned import Point, group_scopes, points, task_scopes
 from tocom.analysis.verify import verify
@@ -159,10 +159,20 @@ def test_what_a_mismatch_costs_is_the_difference_of_independent_trainings_at_one
         found.setdefault((backbone, method, task, train, infer), {})[seed] = rng.random(images[task]) < rng.random()
     frame = mismatch(study, found)
     assert tuple(frame.columns) == MISMATCH_COLUMNS
-    where = ["method", "scope", "train_degree", "infer_degree"]
-    scopes, degrees = ("real tasks", "digits", "mnist5k"), [("0", 12), ("12", 0)]
-    expected = [(m, scope, *pair) for scope in scopes for m in ("tome", "learned") for pair in degrees]
-    assert list(frame[where].itertuples(index=False, name=None)) == expected
+    where, scopes = ["method", "scope", "train_degree", "infer_degree"], ("real tasks", "digits", "mnist5k")
+    either, drawn = [("0", 12), ("12", 0)], [("random", 0), ("random", 12)]
+    # Random degrees stand beside the fixed ones that they are otherwise like, and "one" has a single degree of its own.
+    lines = [("tome", "tome", either), ("random_degree", "tome", drawn), ("learned", "learned", either)]
+    lines += [("random_degree", "one", [("random", 4)])]
+    expected = [(m, of, scope, *pair) for scope in scopes for m, of, degrees in lines for pair in degrees]
+    assert list(frame[["method", "matched", *where[1:]]].itertuples(index=False, name=None)) == expected
+    for task in images:
+        drawn_at, own_at = (
+            np.mean([right.mean() for right in found["vit", m, task, train, 12].values()])
+            for m, train in (("random_degree", "random"), ("tome", "12"))
+        )
+        row = frame.set_index(where).loc[("random_degree", task, "random", 12)]
+        assert row.loss == pytest.approx(100 * (own_at - drawn_at))
     row = frame.set_index(where).loc[("tome", "real tasks", "0", 12)]
     own, matched = (
         [np.stack([100.0 * found["vit", "tome", task, train, 12][seed] for seed in range(4)]) for task in images]
@@ -187,6 +197,20 @@ def test_what_a_mismatch_costs_is_the_difference_of_independent_trainings_at_one
     for level, ratio in ((0.05, (row.high - row.low) / 2 / row.error), (row.p, abs(row.loss) / row.error)):
         assert ratio == pytest.approx(sum(v * scipy.stats.t.isf(level / 2, df) for v, df in parts) / total)
     assert (row.low + row.high) / 2 == pytest.approx(row.loss)
+
+
+def test_every_two_methods_are_compared_at_the_endpoint_as_a_declared_pair_is(tmp_path):
+    methods = made_up.DEMO | {"late": {"like": "tome", "train_degrees": [12]}}
+    root = made_up.make(tmp_path, config(methods=methods, compare=[["tome", "random_degree"]]))
+    frame = pd.read_csv(root / "pairwise.csv")
+    assert tuple(frame.columns) == PAIRWISE_COLUMNS
+    pairs = [("tome", "tocom"), ("tome", "random_degree"), ("tocom", "random_degree")]  # late was not trained at 0
+    assert list(zip(frame.before, frame.after, strict=True)) == pairs
+    row = frame.iloc[1]
+    assert (str(row.train_before), row.train_after, row.infer_degree) == ("0", "random", 12)
+    declared = significance_of(root).loc[("tome", "random_degree", "all tasks", "0", 12)]
+    for name in ("n_tasks", "n_seeds", "n_images", "gain", "low", "high", "error", "effect", "p"):
+        assert row[name] == pytest.approx(declared[name], nan_ok=True)
 
 
 def welch(variances, dfs):

@@ -229,16 +229,19 @@ def test_the_table_of_tests_has_the_largest_mismatch_of_every_pair(made):
 
 def test_the_table_of_mismatches_has_every_loss_corrected_for_all_that_it_shows(made, study):
     frame = pd.read_csv(study / "mismatch.csv")
-    assert frame.loss.tolist() == pytest.approx([12.0, 6.0] * 3)  # the group and its two tasks
-    frame.loc[:1, ["low", "high", "p"]] = [[10.5, 13.5, 0.004], [-0.25, 12.25, 0.03]]
+    assert frame.loss.tolist() == pytest.approx([12.0, 6.0, 6.0, 2.0] * 3)  # the group and its two tasks
+    assert (frame.method + " " + frame.matched).tolist() == [*["tome tome"] * 2, *["random_degree tome"] * 2] * 3
+    frame.loc[2:3, ["low", "high", "p"]] = [[5.0, 7.0, 1.0], [-1.0, 5.0, 1.0]]
+    frame.loc[:1, ["low", "high", "p"]] = [[10.5, 13.5, 0.002], [-0.25, 12.25, 0.03]]
     frame.to_csv(study / "mismatch.csv", index=False)
     (table,) = make_tables(Run.read(study))["mismatch"]
     assert table.header == ["method", "trained at", "run at 0", "run at 12"]
     assert texts(table) == [
         ["ToMe", "0", "96.0 ± 0.0", "+12.0 [+10.5, +13.5]**"],
-        ["", "12", "+6.0 [-0.2, +12.2]*", "92.0 ± 0.0"],
+        ["", "12", "+6.0 [-0.2, +12.2]", "92.0 ± 0.0"],
+        ["ToMe, random degrees", "random", "+6.0 [+5.0, +7.0]", "+2.0 [-1.0, +5.0]"],
     ]
-    frame.loc[0, "p"] = 0.03  # Holm: twice that
+    frame.loc[0, "p"] = 0.03  # Holm: four times that
     frame.to_csv(study / "mismatch.csv", index=False)
     assert [r[-1] for r in texts(make_tables(Run.read(study))["mismatch"][0])][0] == "+12.0 [+10.5, +13.5]"
     (study / "mismatch.csv").unlink()
@@ -632,6 +635,7 @@ def test_mismatches_are_mapped_with_all_that_is_made_of_a_method(study):
 MANY = {
     **(TOME | TOCOM | {"rank1": {"like": "tocom", "compensator": {"rank": 1}, "title": "rank 1"}}),
     "again": {"like": "rank1", "learn": {"epochs": 9}},
+    "fitted": {"like": "rank1", "adapt": {}, "title": "rank 1, fitted"},
     **(made_up.RIVAL | EVIT),
     "bytes": {"compressor": "quantise"},
     "bytes_tocom": {"like": "bytes", "compensator": "tocom"},
@@ -644,18 +648,21 @@ def test_many_compressors_share_a_panel_with_and_without_what_compensates_them(t
     run = Run.read(root)
     (axis,) = figures.draw(run, "vit")["accuracy_vs_gflops"].axes
     # A thin and a thick line for each compressor that saves GFLOPs, with what is declared last, the first of its kind.
-    assert sorted(filter(None, written(axis))) == ["EViT", "EViT + ToCom", "ToMe", "rank 1"]
+    assert sorted(filter(None, written(axis))) == ["EViT", "EViT + ToCom", "ToMe", "rank 1", "rank 1, fitted"]
     lines = {(line.get_linestyle(), line.get_marker(), n): line for n, line in enumerate(axis.lines)}
-    assert [key[:2] for key in lines] == [("--", "None"), ("-", "None"), ("None", "*"), ("None", "D")] * 2
-    plain, ours, star, random = [line.get_xydata().round(6).tolist() for line in axis.lines[:4]]
+    each = [("--", "None"), ("-", "None"), ("--", "None"), ("None", "*"), ("None", "D")]  # dashes of whatever length
+    assert [key[:2] for key in lines] == each * 2
+    plain, ours, fitted, star, random = [line.get_xydata().round(6).tolist() for line in axis.lines[:5]]
     assert plain == [[40, 80], [80, 96], [100, 96]]
     assert ours == [[40, 83], [80, 96], [100, 96]]
+    assert fitted == [[40, 86], [80, 96], [100, 96]]
     assert star == [[40, 92]]
     assert random == [[40, 90], [80, 90], [100, 90]]
-    assert axis.lines[7].get_xydata().size == 0  # EViT has no rival with random degrees
-    labels = [text.get_text() for text in axis.get_legend().texts]
+    assert not any(axis.lines[n].get_xydata().size for n in (7, 9))  # EViT: none is adapted, none has random degrees
+    labels = [text.get_text() for text in axis.figure.legends[0].texts]
     assert labels == [
-        *("without compensator", "with compensator", "trained at the degree it runs at", "trained at random degrees")
+        *("without compensator", "with compensator", "with one adapted to each model"),
+        *("trained at the degree it runs at", "trained at random degrees"),
     ]
     heights = sorted(text.xyann[1] for text in axis.texts)
     assert min(np.diff(heights)) > 0.04 * (axis.get_ylim()[1] - axis.get_ylim()[0])  # none over another

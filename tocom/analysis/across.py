@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 from scipy import stats as distributions
 
 from tocom.analysis import stats
-from tocom.analysis.planned import Point, Scope, endpoint, families, points, train_degrees
+from tocom.analysis.planned import Entry, Point, Scope, degrees, endpoint, entries, points
 from tocom.analysis.run import Compared, Run
 from tocom.analysis.tables import DECLINED, NOT_PLANNED, NOT_RUN, Table, Text, p_is, score_text, signed
 
@@ -25,38 +25,6 @@ _METHODS, _TASKS = 3, 2
 
 
 # --- what is compared -------------------------------------------------------------------------------------------------
-
-
-class Entry(NamedTuple):
-    """A method, where it was trained, and where it runs; matched: trained at the degree it runs at, the ceiling."""
-
-    method: str
-    train: str
-    infer: int
-    matched: bool = False
-
-
-def degrees(study) -> tuple[str, int]:
-    """Return the endpoint's train and inference degree, or else the lowest and the highest of the first method."""
-    lowest = next((labels[0] for method in study.methods if (labels := train_degrees(study, method))), "")
-    declared = endpoint(study)
-    if declared is None:
-        return lowest, max(study.infer_degrees_of(next(iter(study.methods))))
-    return declared.point.train if declared.point.train.isdigit() else lowest, declared.point.infer
-
-
-def entries(study) -> list[Entry]:
-    """Return every method that has the endpoint's degrees or trains at none, then the ceiling of every family."""
-    train, infer = degrees(study)
-    found = []
-    for method in study.methods:
-        fixed = train_degrees(study, method)
-        label = train if fixed else study.train_degrees_of(method)[0]
-        if infer in study.infer_degrees_of(method) and (not fixed or train in fixed):
-            found.append(Entry(method, label, infer))
-    plain = [first for first, *_ in families(study) if infer in study.infer_degrees_of(first)]
-    own = str(infer)
-    return found + [Entry(m, own, infer, True) for m in plain if own != train and own in train_degrees(study, m)]
 
 
 def scores_of(run: Run, backbone: str, scope: Scope, entry: Entry) -> NDArray:
@@ -123,6 +91,11 @@ class Ranks(NamedTuple):
     p: float
     critical: float
 
+    @property
+    def is_enough(self) -> bool:
+        """Whether there are tasks enough for Nemenyi's test to tell any two methods apart."""
+        return self.critical <= len(self.means) - 1
+
 
 def ranked(scores: Sequence[NDArray]) -> Ranks | None:
     """Rank K methods on every task by their scores [tasks] each; None of too few (Demsar, 3.2.2). Ties share a rank."""
@@ -140,11 +113,31 @@ def critical_difference(k: int, n: int) -> float:
     return float(quantile * np.sqrt(k * (k + 1) / (6 * n)))
 
 
-def alike(means: ArrayLike, critical: float) -> list[tuple[float, float]]:
-    """Return the lowest and highest mean rank of each largest group of methods that cannot be told apart."""
-    means = np.unique(means)
-    spans = [(low, means[means - low < critical].max()) for low in means]
-    return [(low, high) for i, (low, high) in enumerate(spans) if high > low and (not i or high > spans[i - 1][1])]
+def alike(means: NDArray, apart: NDArray) -> list[tuple[float, float]]:
+    """Return the lowest and highest mean rank of each largest row of methods that cannot be told apart.
+
+    Args:
+        means: mean ranks [K]. apart: [K, K] bool, which two are told apart.
+    """
+    order, k = np.argsort(means, kind="stable"), len(means)
+    ranks, apart = means[order], apart[np.ix_(order, order)]
+    ends = [next((j for j in range(i + 1, k) if apart[i:j, j].any()), k) for i in range(k)]
+    spans = [(ranks[i], ranks[end - 1]) for i, end in enumerate(ends) if not i or end > ends[i - 1]]
+    return [(low, high) for low, high in spans if high > low]
+
+
+def told_apart(run: Run, backbone: str, rivals: Sequence[Entry], ranks: Ranks) -> NDArray:
+    """Return [K, K] bool: which two methods are told apart at the 5 % level.
+
+    By Nemenyi's test, which speaks for other tasks, where the tasks are enough for it; else by the study's own test
+    over other trainings and images of these tasks (pairwise.csv), corrected by Holm's method for all pairs.
+    """
+    if ranks.is_enough:
+        return np.abs(np.subtract.outer(ranks.means, ranks.means)) >= ranks.critical
+    tests = run.pairwise[run.pairwise.backbone == backbone]
+    below = stats.holm(tests.p.astype(float)) < 1 - stats.LEVEL
+    found = {frozenset(pair) for pair in zip(tests.before[below], tests.after[below], strict=True)}
+    return np.array([[{one.method, other.method} in found for other in rivals] for one in rivals])
 
 
 def detectable(study, compared: Compared, spreads: stats.Spreads, seeds: int, images: Sequence[float]) -> float:
@@ -220,11 +213,11 @@ def ranks_note(ranks: Ranks | None, tasks: int) -> str:
     """Return what captions say of the test of ranks, and of its power."""
     if ranks is None:
         return f"No ranks: they take {_METHODS} methods and {_TASKS} tasks that were run."
-    most = len(ranks.means) - 1
+    instead = "" if ranks.is_enough else ", so none can be; the figure of ranks takes the tests of pairwise.csv instead"
     return (
         f"Friedman's test of {len(ranks.means)} methods on {tasks} tasks: {p_is(ranks.p)}. "
         f"With {tasks} tasks, two methods are told apart at the 5 % level (Nemenyi) only where their mean ranks, which "
-        f"are at most {most} apart, differ by {ranks.critical:.2f}{', so none can be' * (ranks.critical > most)}."
+        f"are at most {len(ranks.means) - 1} apart, differ by {ranks.critical:.2f}{instead}."
     )
 
 

@@ -7,6 +7,7 @@ tasks, at every pair of a train and an inference degree; see docs/statistics.md 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import combinations
 
 import numpy as np
 import pandas as pd
@@ -15,9 +16,12 @@ from numpy.typing import NDArray
 from tocom.analysis import stats
 from tocom.analysis.cells import BySeed, Condition
 from tocom.analysis.planned import (
+    Entry,
+    Mismatch,
     Point,
     Scope,
     endpoint,
+    entries,
     group_scopes,
     mismatches,
     plain_methods,
@@ -37,9 +41,15 @@ COLUMNS = (
     *("n_tasks", "n_seeds", "n_images", "score_before", "score_after", "gain", "low", "high", "error", "effect"),
     *("p", "p_images", "p_seeds", "p_tasks", *_GAP, *_SPREADS),
 )
+#: Columns of pairwise.csv: as in significance.csv, of every two methods at the endpoint's degrees on all tasks.
+PAIRWISE_COLUMNS = (
+    *("study", "backbone", "before", "after", "train_before", "train_after", "infer_degree"),
+    *("n_tasks", "n_seeds", "n_images", "gain", "low", "high", "error", "effect", "p"),
+)
 #: Columns of mismatch.csv: scores in percent, loss = score_matched - score, its interval and its error in points.
+#: matched: the method whose models were trained at the inference degree.
 MISMATCH_COLUMNS = (
-    *("study", "backbone", "method", "scope", "group", "train_degree", "infer_degree", "n_tasks", "n_seeds"),
+    *("study", "backbone", "method", "matched", "scope", "group", "train_degree", "infer_degree", "n_tasks", "n_seeds"),
     *("n_images", "score", "score_matched", "loss", "low", "high", "error", "effect", "p"),
 )
 _GAIN = (-1.0, 1.0)
@@ -119,19 +129,37 @@ def mismatch(study, records: dict[Condition, BySeed]) -> pd.DataFrame:
     """Estimate what methods without a compensator lose where they run at another degree than they were trained at.
 
     Returns:
-        A row with :data:`MISMATCH_COLUMNS` for each backbone, method that trains at fixed degrees, task and group of
-        tasks, train degree, and other inference degree for which the study trains models of the method.
+        A row with :data:`MISMATCH_COLUMNS` for each backbone, task and group of tasks, method that trains at fixed
+        degrees or is one of those trained at no one degree, train degree, and other inference degree for which the
+        study trains models of the method.
     """
     models = Models(study, records)
     rows = [
-        {"study": study.study, "backbone": backbone.name, "method": method, **found}
+        {"study": study.study, "backbone": backbone.name, "method": at.method, "matched": method, **found}
         for backbone in study.backbones
         for scope in group_scopes(study.groups) + task_scopes(study.groups)
         for method in plain_methods(study)
-        for train, infer in mismatches(study, method)
-        if (found := models.mismatched(backbone.name, method, scope, train, infer))
+        for at in mismatches(study, method)
+        if (found := models.mismatched(backbone.name, method, scope, at))
     ]
     return pd.DataFrame(rows, columns=list(MISMATCH_COLUMNS))
+
+
+def pairwise(study, records: dict[Condition, BySeed]) -> pd.DataFrame:
+    """Compare every two methods at the degrees of the endpoint on all tasks, whatever pairs the study declares.
+
+    Returns:
+        A row with :data:`PAIRWISE_COLUMNS` for each backbone and two of the methods that rank there; ceilings do not.
+    """
+    models, scope = Models(study, records), group_scopes(study.groups)[-1]
+    rivals = [entry for entry in entries(study) if not entry.matched]
+    rows = [
+        {"study": study.study, "backbone": backbone.name, "before": before.method, "after": after.method, **found}
+        for backbone in study.backbones
+        for before, after in combinations(rivals, 2)
+        if (found := models.both(backbone.name, before, after, scope))
+    ]
+    return pd.DataFrame(rows, columns=list(PAIRWISE_COLUMNS))
 
 
 class Models:
@@ -181,24 +209,38 @@ class Models:
             "p": gain.p(),
         }
 
-    def mismatched(self, backbone: str, method: str, scope: Scope, train: str, infer: int) -> dict:
+    def both(self, backbone: str, before: Entry, after: Entry, scope: Scope) -> dict:
+        """Return the columns of pairwise.csv, or none of them where no seed has all it takes."""
+        means, gain, tested = self._difference(backbone, scope, (before[:3], after[:3]))
+        where = {"train_before": before.train, "train_after": after.train, "infer_degree": after.infer}
+        return where | {"gain": gain.value} | tested if means else {}
+
+    def mismatched(self, backbone: str, matched: str, scope: Scope, at: Mismatch) -> dict:
         """Return the columns of what a mismatch costs, or none of them where no seed has all it takes."""
-        both = (method, train, infer), (method, str(infer), infer)
-        tasks = self.values(backbone, scope.tasks, both)
-        if not tasks:
+        means, loss, tested = self._difference(backbone, scope, (at, (matched, str(at.infer), at.infer)))
+        if not means:
             return {}
-        means = stats.Means.of(tasks, self.trained(both))
-        loss = means.contrast(_GAIN)
         return {
             "scope": scope.name,
             "group": scope.is_group,
-            "train_degree": train,
-            "infer_degree": infer,
+            "train_degree": at.train,
+            "infer_degree": at.infer,
             "score": means.values[0],
             "score_matched": means.values[1],
             "loss": loss.value,
-            **self._tested(tasks, means, loss),
+            **tested,
         }
+
+    def _difference(
+        self, backbone: str, scope: Scope, both: tuple[tuple[str, str, int], ...]
+    ) -> tuple[stats.Means, stats.Contrast, dict] | tuple[None, None, None]:
+        """Return the means of two conditions, the second's less the first's, and the columns that it is tested by."""
+        tasks = self.values(backbone, scope.tasks, both)
+        if not tasks:
+            return None, None, None
+        means = stats.Means.of(tasks, self.trained(both))
+        difference = means.contrast(_GAIN)
+        return means, difference, self._tested(tasks, means, difference)
 
     def _gap(self, backbone: str, tasks: tuple[str, ...], three: tuple[tuple[str, str, int], ...]) -> dict:
         """Return which share of the gap to the models trained at the degree that they run at is closed."""

@@ -43,6 +43,10 @@ _MARKERS = "osD^vPX"
 _COMPENSATED = ("-", (0, (7, 1)), (0, (3, 1, 1, 1)))
 #: Up to so many curves in a panel, the losses of their trainings are drawn, too.
 _READABLE = 4
+#: Of methods that are adapted to each model, in one panel with many others.
+_ADAPTED = {"linestyle": (0, (4, 1, 1, 1)), "linewidth": 3}
+#: Up to so many curves can be told by their colours.
+_TOLD = 10
 #: How large the panel of many compressors is (inches): for a talk.
 _TALK = 11, 6.6
 #: What a colour map keeps of a colour whose gain cannot be told from noise.
@@ -55,7 +59,7 @@ def draw(run: Run, backbone: str) -> dict[str, Figure]:
     plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 160, "pdf.fonttype": 42, "font.family": "DejaVu Sans"})
     figures = {"accuracy_vs_gflops": (score_by_compressor if _is_wide(run) else score_against_cost)(run, backbone)}
     figures |= {"gain_heatmap": gain_heatmap(run, backbone)} if run.study.compare else {}
-    if any(mismatches(run.study, method) for method in run.study.methods):
+    if any(at.train.isdigit() for method in run.study.methods for at in mismatches(run.study, method)):
         figures["mismatch"] = mismatch_maps(run, backbone)
     figures |= {"gap_transfer": gap_transfer(run, backbone)} if run.study.transfer else {}
     figures |= methods_compared(run, backbone)
@@ -266,7 +270,7 @@ def score_by_compressor(run: Run, backbone: str) -> Figure:
         _name_ends(axis, ends)
         trained = sorted({train_degrees(study, plain)[0] for plain, _ in pairs}, key=int)
         axis.set_title(f"Trained at {', '.join(trained)}, run at other degrees ({_title(scope, _TALK[0])})")
-        axis.legend(handles=list(handles.values()), loc="lower right")
+        figure.legend(handles=list(handles.values()), loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -280,9 +284,13 @@ def _shown(study, plain: str, ours: str) -> list[tuple[str, dict, list[tuple[str
         return [(method, train, infer) for infer in study.infer_degrees_of(method)]
 
     matched = [point for train in others for point in at_all(plain, train) if train == str(point[2])]
+    entry = study.methods[ours]
+    more = [name for name in study.sharing(study.tuned_as(plain)) if study.methods[name].adapt is not None]
+    adapted = [name for name in more if study.methods[name].compensator == entry.compensator and entry.adapt is None]
     return [
         ("without compensator", {"linestyle": "--", "linewidth": 1.6}, at_all(plain, lowest)),
         ("with compensator", {"linestyle": "-", "linewidth": 3}, at_all(ours, lowest)),
+        ("with one adapted to each model", _ADAPTED, [point for name in adapted[:1] for point in at_all(name, lowest)]),
         ("trained at the degree it runs at", _STAR | {"markersize": 17}, matched),
         ("trained at random degrees", diamond, [point for rival in rivals for point in at_all(*rival)]),
     ]
@@ -532,19 +540,48 @@ def methods_compared(run: Run, backbone: str) -> dict[str, Figure]:
     there = across.measured(run, backbone)
     rivals, ranks = across.ranks_of(there)
     found = {"profiles": score_profiles(run, there)} if there else {}
-    names = [run.title(entry.method) for entry in rivals]
-    return found | ({"ranks": rank_diagram(names, ranks, len(run.scopes[-1].tasks))} if ranks else {})
+    if ranks:
+        apart = across.told_apart(run, backbone, rivals, ranks)
+        names = [run.title(entry.method) for entry in rivals]
+        found["ranks"] = rank_diagram(names, ranks, apart, len(run.scopes[-1].tasks))
+    return found
 
 
 def score_profiles(run: Run, there: dict[across.Entry, np.ndarray]) -> Figure:
     """Draw the share of runs, each a task under a seed, that score above a threshold; dashed: the ceilings.
 
-    Bands are 95 % intervals by drawing seeds within tasks; only where there are few methods, and several seeds.
+    Many methods have a panel for each that is plain, with all that is made of it. Bands are 95 % intervals by drawing
+    seeds within tasks; only where there are few methods, and several seeds.
     """
-    figure, (axis,) = _grid(1, 1.5 * _WIDTH, 1.2 * _HEIGHT)
     every = np.unique(np.concatenate([scores.ravel() for scores in there.values()]))
     margin = 0.05 * np.ptp(every) + 0.1
     thresholds = np.array([every[0] - margin, *every, every[-1] + margin])
+    panels, (train, infer) = _profile_panels(run, list(there)), across.degrees(run.study)
+    size = (1.5 * _WIDTH, 1.2 * _HEIGHT) if len(panels) == 1 else (1.2 * _WIDTH, _HEIGHT)
+    figure, axes = _grid(len(panels), *size)
+    for axis, entries in zip(axes, panels, strict=True):
+        _profiles(axis, run, {entry: there[entry] for entry in entries}, thresholds)
+        if len(panels) > 1:
+            axis.legend(fontsize=7, loc="lower left")
+    axes[0].set_title(f"{run.scopes[-1].title}, {train} → {infer}" if train else run.scopes[-1].title)
+    if len(panels) == 1:
+        _legend(figure, axes[0].get_legend_handles_labels()[0])
+    return figure
+
+
+def _profile_panels(run: Run, entries: Sequence[across.Entry]) -> list[list[across.Entry]]:
+    """Return which methods share a panel: all, or of more than can be told by their colours, those made of one."""
+    if len(entries) <= _TOLD:
+        return [list(entries)]
+    study, left, found = run.study, dict.fromkeys(entries), []
+    for plain in plain_methods(study):
+        own = {*study.sharing(study.tuned_as(plain)), *without_degree(study, plain)}
+        found.append([entry for entry in left if entry.method in own])
+        left = dict.fromkeys(entry for entry in left if entry.method not in own)
+    return [panel for panel in [*found, list(left)] if panel]
+
+
+def _profiles(axis, run: Run, there: dict[across.Entry, np.ndarray], thresholds: np.ndarray) -> None:
     methods = dict.fromkeys(entry.method for entry in there)
     colours = dict(zip(methods, sns.color_palette("colorblind", len(methods)), strict=True))
     with_bands = sum(not entry.matched for entry in there) <= _READABLE
@@ -556,42 +593,56 @@ def score_profiles(run: Run, there: dict[across.Entry, np.ndarray]) -> Figure:
             draws = across.resampled(scores, run.study.analysis.resamples)
             ends = 100 * across.percentiles(across.profile(draws, thresholds))
             axis.fill_between(thresholds, *ends, step="post", color=colour, alpha=0.15, linewidth=0)
-    train, infer = across.degrees(run.study)
-    axis.set(
-        title=f"{run.scopes[-1].title}, {train} → {infer}" if train else run.scopes[-1].title,
-        xlabel=f"test {run.study.metric} (%)",
-        ylabel="runs above it (%)",
-        ylim=(-2, 102),
-    )
-    _legend(figure, axis.get_legend_handles_labels()[0])
-    return figure
+    axis.set(xlabel=f"test {run.study.metric} (%)", ylabel="runs above it (%)", ylim=(-2, 102))
 
 
-def rank_diagram(names: Sequence[str], ranks: across.Ranks, tasks: int) -> Figure:
-    """Draw the critical-difference diagram (Demsar 2006, figure 1): bars join methods that cannot be told apart."""
+def rank_diagram(names: Sequence[str], ranks: across.Ranks, apart: np.ndarray, tasks: int) -> Figure:
+    """Draw the critical-difference diagram (Demsar 2006, figure 1): bars join methods that cannot be told apart.
+
+    Args:
+        apart: which two are told apart, as :func:`tocom.analysis.across.told_apart` returns it.
+    """
     order, k = np.argsort(ranks.means, kind="stable"), len(names)
-    left, joined = (k + 1) // 2, across.alike(ranks.means, ranks.critical)
-    top, step, beyond = 0.8 + 0.35 * len(joined), 0.6, 0.02 * (k - 1)
-    figure, (axis,) = _grid(1, 1.7 * _WIDTH, 0.9 + 0.27 * (top + step * left + 1.2))
+    left, joined = (k + 1) // 2, across.alike(ranks.means, apart)
+    wide, step = max(3.0, 0.2 * k), 0.24  # inches: of the axis of ranks, of a line
+    beside = 0.1 + 0.085 * (max(map(len, names)) + len("  10.00"))
+    top = 0.35 + 0.14 * len(joined)
+    above, below = 1.0, top + step * left
+    figure = plt.figure(figsize=(wide + 2 * beside, above + below))
+    axis = figure.add_axes((0, 0, 1, 1))
     axis.set_axis_off()
-    axis.set(xlim=(1 - 0.5 * (k - 1), k + 0.5 * (k - 1)), ylim=(top + step * left, -2.4))
-    axis.plot([1, k], [0, 0], color=_EDGE, linewidth=1.2)
-    for rank in range(1, k + 1):
-        axis.plot([rank, rank], [0, -0.2], color=_EDGE, linewidth=1.2)
-        axis.text(rank, -0.3, str(rank), ha="center", va="bottom")
-    axis.errorbar(1 + ranks.critical / 2, -1.5, xerr=ranks.critical / 2, color=_EDGE, capsize=3, linewidth=1.2)
-    axis.text(1 + ranks.critical / 2, -1.75, f"critical difference {ranks.critical:.2f}", ha="center", va="bottom")
+    axis.set(xlim=(-beside, wide + beside), ylim=(below, -above))
+
+    def at(rank: float) -> float:
+        return (rank - 1) / (k - 1) * wide
+
+    axis.plot([0, wide], [0, 0], color=_EDGE, linewidth=1.2)
+    every = -(-k // 12)
+    for rank in range(1, k + 1, every):
+        axis.plot([at(rank)] * 2, [0, -0.06], color=_EDGE, linewidth=1.2)
+        axis.text(at(rank), -0.1, str(rank), ha="center", va="bottom")
     for place, index in enumerate(order):
         mean, is_left = ranks.means[index], place < left
         y = top + step * (place if is_left else k - 1 - place)
-        x, side = (1 - 3 * beyond, "right") if is_left else (k + 3 * beyond, "left")
-        axis.plot([mean, mean, x], [0, y, y], color=_NO_DEGREE, linewidth=1.0)
+        x, side = (-0.06, "right") if is_left else (wide + 0.06, "left")
+        axis.plot([at(mean), at(mean), x], [0, y, y], color=_NO_DEGREE, linewidth=0.9)
         text = f"{names[index]}  {mean:.2f}" if is_left else f"{mean:.2f}  {names[index]}"
         axis.text(x, y, f" {text} ", ha=side, va="center")
     for number, (low, high) in enumerate(joined):
-        y = 0.4 + 0.35 * number
-        axis.plot([low - beyond, high + beyond], [y, y], color=_EDGE, linewidth=4, solid_capstyle="butt")
-    axis.set_title(f"Mean rank over {tasks} tasks, 1 is the best (Friedman's test: {p_is(ranks.p)})")
+        y = 0.15 + 0.14 * number
+        axis.plot([at(low) - 0.03, at(high) + 0.03], [y, y], color=_EDGE, linewidth=4, solid_capstyle="butt")
+    middle = wide / 2
+    axis.text(
+        middle, 0.06 - above, f"Mean rank over {tasks} tasks, 1 is the best (Friedman's test: {p_is(ranks.p)})",
+        ha="center", va="top", size="large",
+    )  # fmt: skip
+    if ranks.is_enough:
+        half = (at(1 + ranks.critical) - at(1)) / 2
+        axis.errorbar(half, -0.4, xerr=half, color=_EDGE, capsize=3, linewidth=1.2)
+        axis.text(half, -0.46, f"critical difference {ranks.critical:.2f}", ha="center", va="bottom")
+    else:
+        note = "Bars: what tests over trainings and images, corrected for all pairs, cannot tell apart"
+        axis.text(middle, -0.5, note, ha="center", va="center")
     return figure
 
 

@@ -83,11 +83,25 @@ def without_degree(study, method: str) -> list[str]:
     return [name for name in study.methods if not train_degrees(study, name) and less_degrees(name) == own]
 
 
-def mismatches(study, method: str) -> list[tuple[str, int]]:
-    """Return each train degree of a method, with each other degree that it runs at and that is a train degree, too."""
+class Mismatch(NamedTuple):
+    """Models of a method, by their train degree, that run at a degree for which others of it were trained."""
+
+    method: str
+    train: str
+    infer: int
+
+
+def mismatches(study, method: str) -> list[Mismatch]:
+    """Return where a method's models, and those of it that train at no one degree, run at a train degree of others."""
     trains = train_degrees(study, method)
-    runs = [infer for infer in sorted(study.infer_degrees_of(method)) if str(infer) in trains]
-    return [(train, infer) for train, infer in product(trains, runs) if train != str(infer)]
+    drawn = [name for name in without_degree(study, method) if not is_compensated(study, name)]
+    lines = [(method, train) for train in trains] + [(name, study.train_degrees_of(name)[0]) for name in drawn]
+    return [
+        Mismatch(name, train, infer)
+        for name, train in lines
+        for infer in sorted({*study.infer_degrees_of(method)} & {*study.infer_degrees_of(name)})
+        if str(infer) in trains and train != str(infer)
+    ]
 
 
 class Point(NamedTuple):
@@ -145,6 +159,38 @@ def endpoint(study) -> Endpoint | None:
     ]
     point = min(here, key=lambda p: (int(p.train) if p.train.isdigit() else 0, -p.infer), default=None)
     return point and Endpoint(wanted.backbone or study.backbones[0].name, before, after, scope, point)
+
+
+class Entry(NamedTuple):
+    """A method, where it was trained, and where it runs; matched: trained at the degree it runs at, the ceiling."""
+
+    method: str
+    train: str
+    infer: int
+    matched: bool = False
+
+
+def degrees(study) -> tuple[str, int]:
+    """Return the endpoint's train and inference degree, or else the lowest and the highest of the first method."""
+    lowest = next((labels[0] for method in study.methods if (labels := train_degrees(study, method))), "")
+    declared = endpoint(study)
+    if declared is None:
+        return lowest, max(study.infer_degrees_of(next(iter(study.methods))))
+    return declared.point.train if declared.point.train.isdigit() else lowest, declared.point.infer
+
+
+def entries(study) -> list[Entry]:
+    """Return every method that has the endpoint's degrees or trains at none, then the ceiling of every family."""
+    train, infer = degrees(study)
+    found = []
+    for method in study.methods:
+        fixed = train_degrees(study, method)
+        label = train if fixed else study.train_degrees_of(method)[0]
+        if infer in study.infer_degrees_of(method) and (not fixed or train in fixed):
+            found.append(Entry(method, label, infer))
+    plain = [first for first, *_ in families(study) if infer in study.infer_degrees_of(first)]
+    own = str(infer)
+    return found + [Entry(m, own, infer, True) for m in plain if own != train and own in train_degrees(study, m)]
 
 
 def same_models(study) -> list[tuple[str, str]]:

@@ -87,6 +87,7 @@ class Run:
     significance: pd.DataFrame
     harm: pd.DataFrame
     mismatch: pd.DataFrame
+    pairwise: pd.DataFrame
     throughput: pd.DataFrame
     transfer: pd.DataFrame
     costs: pd.DataFrame
@@ -120,6 +121,7 @@ class Run:
             _read(folder / "significance.csv", compare.COLUMNS),
             _read(folder / "harm.csv", compare.HARM_COLUMNS),
             _read(folder / "mismatch.csv", compare.MISMATCH_COLUMNS),
+            _read(folder / "pairwise.csv", compare.PAIRWISE_COLUMNS),
             _read(folder / "throughput.csv", _THROUGHPUT),
             _read(folder / "transfer.csv", _TRANSFER, keep_default_na=False),
             _read(folder / "costs.csv", _COSTS, keep_default_na=False, na_values=dict.fromkeys(_UNKNOWN, "")),

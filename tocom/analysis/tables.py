@@ -439,18 +439,20 @@ def mismatch_table(run: Run, backbone: str, scope: Scope) -> Table:
     mine = mine.assign(corrected=holm(mine.p.astype(float)))
     tested = {(row.method, row.train_degree, row.infer_degree): row for _, row in mine.iterrows()}
     planned = {method: mismatches(study, method) for method in plain_methods(study)}
-    runs = sorted({infer for pairs in planned.values() for _, infer in pairs})
+    runs = sorted({at.infer for found in planned.values() for at in found})
     rows, rules = [], []
-    for method, pairs in planned.items():
-        rules += [len(rows)] if pairs else []
-        for number, train in enumerate(dict.fromkeys(train for train, _ in pairs)):
+    for found in planned.values():
+        rules += [len(rows)] if found else []
+        lines = list(dict.fromkeys((at.method, at.train) for at in found))
+        for number, (method, train) in enumerate(lines):
             cells = [
                 score_text(run.score(backbone, method, scope, train, infer), len(study.seeds_of(method)))
                 if train == str(infer)
-                else _loss_cell(tested.get((method, train, infer)), (train, infer) in pairs)
+                else _loss_cell(tested.get((method, train, infer)), (method, train, infer) in found)
                 for infer in runs
             ]
-            rows.append([Text("" if number else run.title(method)), Text(train), *cells])
+            is_first = not number or lines[number - 1][0] != method
+            rows.append([Text(run.title(method) if is_first else ""), Text(train), *cells])
     caption = (
         f"Points of test {study.metric} that are lost where a model runs at another degree than it was trained at: the "
         "score of models that were trained at that degree less its own, with the 95 % interval "

@@ -100,6 +100,9 @@ rule compare:
         report(
             f"{ROOT}/mismatch.csv", caption="../report/mismatch.rst", category="Data"
         ),
+        report(
+            f"{ROOT}/pairwise.csv", caption="../report/pairwise.rst", category="Data"
+        ),
     log:
         f"{ROOT}/logs/compare.log",
     benchmark:

@@ -108,7 +108,7 @@ def folder_of(study):
 
 def analysed(wildcards):
     """Return the files that tables and figures are made of."""
-    names = ["cells", "significance", "harm", "mismatch", "throughput"]
+    names = ["cells", "significance", "harm", "mismatch", "pairwise", "throughput"]
     names += ["transfer"] if PLAN.study(wildcards).transfer else []
     root = ROOT.format(study=wildcards.study)
     return {"study": f"{root}/study.json"} | {
@@ -138,6 +138,7 @@ def results_of(study):
         "harm.csv",
         "costs.csv",
         "mismatch.csv",
+        "pairwise.csv",
         "throughput.csv",
     ]
     names += ["figures"]
