@@ -8,7 +8,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 
-.PHONY: reproduce console check test slow studies lock reference backbone clean help
+.PHONY: reproduce console check test slow gpu studies lock reference backbone clean help
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -39,13 +39,16 @@ check: $(VENV)/.test  ## Run every linter and the unit tests
 	ruff format --check .
 	snakefmt --check Snakefile workflow
 	snakemake --lint
-	pytest -n 2 --dist worksteal -m "not dag and not slow"
+	pytest -n 2 --dist worksteal -m "not dag and not slow and not gpu"
 
 test: check  ## Run every check and every test but the slow ones: check, and the real workflow on small studies
 	pytest -n 2 --dist worksteal -m dag
 
 slow: $(VENV)/.test  ## Run what is slow by nature: kills of the workflow, a real Slurm, a fake Kubernetes
 	pytest -m slow
+
+gpu: $(VENV)/.test  ## Run what needs a GPU: every part and every stage on one
+	pytest -m gpu
 
 lock:  ## Pin the newest versions that requirements/*.in allow
 	for name in bootstrap run test; do \
