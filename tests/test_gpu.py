@@ -43,12 +43,12 @@ def both(model, part, inputs, degree):
     return found
 
 
-def check(first, second):
-    torch.testing.assert_close(first[0], second[0], rtol=1e-6, atol=1e-8)
+def check(first, second, atol=1e-8):
+    torch.testing.assert_close(first[0], second[0], rtol=1e-6, atol=atol)
     assert first[1].keys() == second[1].keys()
     assert first[1]
     for name, gradient in first[1].items():
-        torch.testing.assert_close(gradient, second[1][name], rtol=1e-5, atol=1e-7, msg=name)
+        torch.testing.assert_close(gradient, second[1][name], rtol=1e-5, atol=10 * atol, msg=name)
 
 
 @pytest.mark.parametrize("degree", [0, 2, 4])
@@ -64,7 +64,7 @@ def test_logits_and_gradients_are_those_of_the_cpu(kind, degree):
 def test_those_of_a_language_model_too(kind, degree):
     model = build_lm()
     part = make_part("compressor", kind, CompressedLM(model, kind).compressor.shape, 4).double()
-    check(*both(model, part, tokens(), degree))
+    check(*both(model, part, tokens(), degree), atol=1e-4)  # transformers rotates in float32
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
