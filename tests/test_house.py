@@ -8,6 +8,7 @@ import pytest
 
 import tocom
 from tocom.methods import PARTS
+from tocom.parts import part_class
 
 ROOT = Path(__file__).parents[1]
 MODULES = {
@@ -46,6 +47,14 @@ def test_every_module_starts_by_saying_what_lives_in_it():
         if not (text.startswith('"""') and len(first) > 20 and first.endswith((".", ":", "?"))):
             silent.append(name)
     assert not silent
+
+
+@pytest.mark.parametrize("kind", [kind for role in ("compressor", "compensator") for kind in PARTS[role]])
+def test_every_compressor_and_compensator_has_a_page_and_tests(kind):
+    page = (ROOT / "docs" / "methods" / f"{kind}.md").read_text(encoding="utf-8")
+    assert part_class("compressor" if kind in PARTS["compressor"] else "compensator", kind).title.lower() in page.lower()
+    assert re.search(rf"\b{kind}\b", page)
+    assert (ROOT / "tests" / "methods" / f"test_{kind}.py").is_file()
 
 
 def imported(name):
