@@ -52,7 +52,9 @@ def test_every_module_starts_by_saying_what_lives_in_it():
 @pytest.mark.parametrize("kind", [kind for role in ("compressor", "compensator") for kind in PARTS[role]])
 def test_every_compressor_and_compensator_has_a_page_and_tests(kind):
     page = (ROOT / "docs" / "methods" / f"{kind}.md").read_text(encoding="utf-8")
-    assert part_class("compressor" if kind in PARTS["compressor"] else "compensator", kind).title.lower() in page.lower()
+    assert (
+        part_class("compressor" if kind in PARTS["compressor"] else "compensator", kind).title.lower() in page.lower()
+    )
     assert re.search(rf"\b{kind}\b", page)
     assert (ROOT / "tests" / "methods" / f"test_{kind}.py").is_file()
 

@@ -671,6 +671,26 @@ def test_many_compressors_share_a_panel_with_and_without_what_compensates_them(t
     write_figures(tmp_path / "never", tmp_path / "figures")
 
 
+def test_learned_schedules_are_drawn_by_degree(tmp_path):
+    root = made_up.make(tmp_path, config(("digits",), TOME | {"learned": {"compressor": "diffrate"}}))
+    run = Run.read(root)
+    assert "schedules" not in figures.draw(run, "vit")
+    for seed in (0, 1, 2):
+        kept = {"merge_kept_num": [9, 5 + seed], "prune_kept_num": [9, 8]}
+        about = {"schedules": {"4": kept, "12": kept | {"merge_kept_num": [9, 2]}}}
+        save_arrays(run.learned_file("vit", "learned", seed, "compressor"), {}, {"summary": about})
+    (axis,) = figures.draw(Run.read(root), "vit")["schedules"].axes
+    lines = {line.get_label(): line for line in axis.lines}
+    assert [lines[f"degree {n}"].get_ydata().tolist() for n in (4, 12)] == [[9, 6], [9, 2]]
+    dashed = [
+        line
+        for line in axis.lines
+        if line.get_linestyle() == "--" and line.get_linewidth() > 1 and len(line.get_xdata())
+    ]
+    assert [line.get_ydata().tolist() for line in dashed] == [[9, 8]] * 2
+    assert (axis.get_title(), lines["degree 4"].get_xdata().tolist()) == ("DiffRate", [1, 2])
+
+
 # --- curves ---------------------------------------------------------------------------------------------------------
 
 

@@ -1,9 +1,10 @@
-"""Figures of a study: score against cost, gains by degrees, the transfer of the gap, methods side by side, curves."""
+"""Figures of a study: score against cost, gains by degrees, the transfer of the gap, methods side by side, learning."""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from itertools import product
 
 import matplotlib
 
@@ -63,6 +64,8 @@ def draw(run: Run, backbone: str) -> dict[str, Figure]:
         figures["mismatch"] = mismatch_maps(run, backbone)
     figures |= {"gap_transfer": gap_transfer(run, backbone)} if run.study.transfer else {}
     figures |= methods_compared(run, backbone)
+    found = learned_schedules(run, backbone)
+    figures |= {"schedules": schedule_lines(run, found)} if found else {}
     there = curves(run, backbone)
     return figures | ({"curves": training_curves(run, there)} if there else {})
 
@@ -643,6 +646,46 @@ def rank_diagram(names: Sequence[str], ranks: across.Ranks, apart: np.ndarray, t
     else:
         note = "Bars: what tests over trainings and images, corrected for all pairs, cannot tell apart"
         axis.text(middle, -0.5, note, ha="center", va="center")
+    return figure
+
+
+# --- schedules ------------------------------------------------------------------------------------------------------
+
+
+def learned_schedules(run: Run, backbone: str) -> dict[str, list[dict]]:
+    """Return, of every method whose compressor learned how many tokens blocks keep, the schedules of each seed.
+
+    They are what such a file says of itself: degree -> ``prune_kept_num`` and ``merge_kept_num``, tokens by block.
+    """
+    found: dict[str, list[dict]] = {}
+    for method in run.study.methods:
+        seeds = run.study.seeds_of(method)
+        summaries = [run.learned(backbone, method, seed, "compressor").get("summary", {}) for seed in seeds]
+        schedules = [summary["schedules"] for summary in summaries if "schedules" in summary]
+        if schedules and schedules not in found.values():
+            found[method] = schedules
+    return found
+
+
+def schedule_lines(run: Run, found: dict[str, list[dict]]) -> Figure:
+    """Draw how many tokens each block leaves at every inference degree: a panel a method, thin lines are seeds.
+
+    Solid: after pruning and merging. Dashed: after pruning alone.
+    """
+    figure, axes = _grid(len(found), 1.5 * _WIDTH, _HEIGHT)
+    for axis, (method, seeds) in zip(axes, found.items(), strict=True):
+        degrees = [n for n in sorted(run.study.infer_degrees_of(method)) if all(str(n) in one for one in seeds)]
+        colours = dict(zip(degrees, plt.get_cmap("plasma")(np.linspace(0, 0.85, max(1, len(degrees)))), strict=True))
+        for degree, (kept, line) in product(degrees, (("prune_kept_num", "--"), ("merge_kept_num", "-"))):
+            tokens = np.array([one[str(degree)][kept] for one in seeds])
+            blocks, label = np.arange(1, tokens.shape[1] + 1), f"degree {degree}" if line == "-" else None
+            if len(seeds) > 1:
+                axis.plot(blocks, tokens.T, color=colours[degree], linewidth=0.5, alpha=0.6, linestyle=line)
+            axis.plot(blocks, tokens.mean(axis=0), color=colours[degree], linewidth=1.8, linestyle=line, label=label)
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set(title=run.title(method), xlabel="block", ylabel="tokens left", ylim=(0, None))
+        axis.plot([], [], color=_NO_DEGREE, linestyle="--", label="after pruning alone")
+        axis.legend(fontsize=8)
     return figure
 
 
