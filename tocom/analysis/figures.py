@@ -149,7 +149,8 @@ def _cost_axis(axis, run: Run, backbone: str, scope: Scope) -> None:
     """Say what the score is drawn against."""
     cost, unit = run.uncompressed(backbone, scope), run.cost_unit
     of_what = unit if np.isnan(cost) else f"% of the uncompressed model's {cost_text(cost)} {unit}"
-    axis.set(xlabel=of_what, ylabel=f"test {run.study.metric} (%)")
+    width = int(_LETTERS * axis.figure.get_figwidth() / axis.get_gridspec().ncols)
+    axis.set(xlabel=textwrap.fill(of_what, width), ylabel=f"test {run.study.metric} (%)")
     axis.locator_params(axis="x", nbins=6)
 
 
@@ -644,7 +645,8 @@ def rank_diagram(names: Sequence[str], ranks: across.Ranks, apart: np.ndarray, t
         axis.errorbar(half, -0.4, xerr=half, color=_EDGE, capsize=3, linewidth=1.2)
         axis.text(half, -0.46, f"critical difference {ranks.critical:.2f}", ha="center", va="bottom")
     else:
-        note = "Bars: what tests over trainings and images, corrected for all pairs, cannot tell apart"
+        tests = "tests over trainings and images, corrected for all pairs"
+        note = f"Bars: what {tests}, cannot tell apart" if joined else f"All are told apart by {tests}"
         axis.text(middle, -0.5, note, ha="center", va="center")
     return figure
 
@@ -682,7 +684,7 @@ def schedule_lines(run: Run, found: dict[str, list[dict]]) -> Figure:
             if len(seeds) > 1:
                 axis.plot(blocks, tokens.T, color=colours[degree], linewidth=0.5, alpha=0.6, linestyle=line)
             axis.plot(blocks, tokens.mean(axis=0), color=colours[degree], linewidth=1.8, linestyle=line, label=label)
-        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.set(title=run.title(method), xlabel="block", ylabel="tokens left", ylim=(0, None))
         axis.plot([], [], color=_NO_DEGREE, linestyle="--", label="after pruning alone")
         axis.legend(fontsize=8)
@@ -733,7 +735,7 @@ def _task_panel(axis, run: Run, of_task: Sequence[Curve], markers: dict[str, str
 
 def _by_epoch(axis, title: str, label: str) -> None:
     axis.set(title=title, xlabel="epoch", ylabel=label)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
 
 
 def _learned_panel(axis, run: Run, learned: Sequence[Curve]) -> None:
@@ -763,7 +765,7 @@ def _curve_handles(run: Run, there: Sequence[Curve], markers: dict[str, str], wi
 
     handles = [
         line(f"trained at {train}{'' if train in colours else ' degrees'}", colours.get(train, _NO_DEGREE), linewidth=3)
-        for train in dict.fromkeys(curve.train for curve in tuned)
+        for train in sorted({curve.train for curve in tuned}, key=lambda train: (train not in colours, train.zfill(9)))
     ]
     handles += [line(run.title(m), marker=marker) for m, marker in markers.items()] if len(markers) > 1 else []
     handles += [line("each seed (thick: mean)", linewidth=0.6)] if len({curve.seed for curve in tuned}) > 1 else []
