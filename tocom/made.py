@@ -132,20 +132,6 @@ def made(job: Any, output: str | os.PathLike, inputs: Mapping[str, Paths | None]
     return {"job": how(job), "code": code(parts), "inputs": named}
 
 
-def check_input(path: str | os.PathLike, about: Mapping[str, Any], role: str, file: str | os.PathLike) -> None:
-    """Raise TocomError if a file of tensors says that it was made with another input of a role than ``file``.
-
-    Args:
-        about: its metadata.
-    """
-    wanted, given = _sums_by_role(about).get(role), hashed(resolve(file))
-    if wanted not in (None, given):
-        raise TocomError(
-            f"{path} was made with another {role} than {file} ({wanted[:12]}, {given[:12]}); give the one that it was"
-            " made with, or make it again"
-        )
-
-
 def _sums_by_role(about: Mapping[str, Any]) -> dict[str, str]:
     return {item["role"]: item["sha256"] for item in about.get("made", {}).get("inputs", ())}
 
@@ -170,15 +156,21 @@ def hashed(file: str | os.PathLike) -> str:
         raise TocomError(f"no such file: {file}; check the path, or run the stage that makes it")
     for wait in (0, 0.2, 1):  # another process may be about to write the list of sums of what it has just written
         time.sleep(wait)
-        there = file.stat()
-        found = _hashed(file.absolute(), there.st_size, there.st_mtime_ns, there.st_ino)
+        found = _hashed(file)
         if recorded(file) in (found, None):
             return found
     raise TocomError(f"{file} does not match the hash in {sums_of(file).name} beside it; {again(file)}")
 
 
+def _hashed(file: Path) -> str:
+    there = file.stat()
+    if time.time_ns() - there.st_mtime_ns < 2e9:  # it might be written again before its clock has moved
+        return sha256(file)
+    return _hash_of(file.absolute(), there.st_size, there.st_mtime_ns, there.st_ino)
+
+
 @lru_cache
-def _hashed(file: Path, *_) -> str:
+def _hash_of(file: Path, *_) -> str:
     return sha256(file)
 
 
@@ -246,6 +238,7 @@ def check_together(paths: Iterable[str | os.PathLike]) -> None:
         for name, value in recorded_sums(place).items():
             file = os.path.normpath(place.parent / name)
             agreed.same(file, value, path, f"from two states of {file}")
+        agreed.check()
 
 
 def _version(place: Path) -> str:
@@ -257,21 +250,31 @@ class Agreed:
 
     def __init__(self) -> None:
         self._said: dict[Any, tuple[Any, Path]] = {}
+        self._first = ""
+        self._stale: dict[Path, None] = {}
 
     def same(self, key: Any, value: Any, path: Path, otherwise: str, now: Any = None) -> None:
-        """Raise TocomError if an earlier file said something else.
+        """Take down what a file says; :meth:`check` raises if an earlier one said something else of the same.
 
         Args:
             otherwise: how the two were then made. now: what a file that is made now would say; the other is to go.
         """
         before, other = self._said.setdefault(key, (value, path))
         if before != value:
-            stale = other if value == now else path
             values = " and ".join(str(it)[:28] for it in (value, before))
-            raise TocomError(f"{path} and {other} were made {otherwise} ({values}); {again(stale)}")
+            self._first = self._first or f"{path} and {other} were made {otherwise} ({values})"
+            self._stale[other if value == now else path] = None
+
+    def check(self) -> None:
+        """Raise TocomError if not all files say the same; it names the first two, and the smallest folder to delete."""
+        if len(self._stale) == 1:
+            raise TocomError(f"{self._first}; {again(*self._stale)}")
+        if self._stale:
+            folder = os.path.commonpath([path.parent for path in self._stale])
+            raise TocomError(f"{self._first}, as are {len(self._stale)} files; delete {folder} and make it again")
 
     def same_code(self, role: str, versions: Mapping[str, str], path: Path) -> None:
-        """Raise TocomError if an earlier file of this role was made by other code of a module that both took."""
+        """Take down by which code a file of a role was made, module by module."""
         for module, version in versions.items():
             now = code()["package"] if module == "package" else None
             self.same((role, module), version, path, f"by two versions of the code ({module})", now)

@@ -49,6 +49,8 @@ class Traced:
         """
         path, twig = file.path, (branch or self.tree).add(escape(f"{file.role}  {file.path}".lstrip()))
         if not path.is_file():
+            if of is None:
+                raise TocomError(f"{path} is missing; {again(path)}")
             self.gone[path] = None
             twig.label += "  [yellow]not here[/yellow]"
             return

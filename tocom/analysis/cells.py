@@ -41,7 +41,7 @@ def _read_all(files: Iterable[os.PathLike]) -> Iterable[tuple[tuple, str, dict, 
     for path in files:
         meta, cells = read_predictions(path)
         if "made" in meta:
-            check_alike(Path(path), meta, agreed)
+            compare_made(Path(path), meta, agreed)
         for cell, record in cells:
             where = cell["seed"], str(cell["train_degree"]), cell["infer_degree"]
             key = (meta["backbone"], cell["method"], meta["task"], *where)
@@ -49,10 +49,11 @@ def _read_all(files: Iterable[os.PathLike]) -> Iterable[tuple[tuple, str, dict, 
                 raise TocomError(f"{path} and {found[key]} hold the same cell {key}; delete the older of the two")
             found[key] = path
             yield key, meta["metric"], cell, record
+    agreed.check()
 
 
-def check_alike(path: Path, meta: dict, agreed: Agreed) -> None:
-    """Raise TocomError if predictions do not go with those that ``agreed`` has heard of.
+def compare_made(path: Path, meta: dict, agreed: Agreed) -> None:
+    """Tell ``agreed`` what predictions say of themselves that has to be the same in all of a study.
 
     Nothing may be made by two versions of the code, evaluated with two settings, on two preparations of a task, or from
     two backbones of one name.
@@ -63,10 +64,11 @@ def check_alike(path: Path, meta: dict, agreed: Agreed) -> None:
     for item in about["inputs"]:
         role, file = item["role"], located(path, item["file"])
         agreed.same_code(role, item.get("code", {}), file)
-        if role == "data":
-            agreed.same((role, meta["task"]), item["sha256"], path, f"from two preparations of {meta['task']}")
-        if role == "checkpoint" and (backbone := item.get("from", {}).get("backbone")):
-            agreed.same(("backbone", meta["backbone"]), backbone, file, "from two backbones of one name")
+        own = item.get("from", {})
+        if data := item["sha256"] if role == "data" else own.get("data"):
+            agreed.same(("data", meta["task"]), data, file, f"from two preparations of {meta['task']}")
+        if "backbone" in own:
+            agreed.same(("backbone", meta["backbone"]), own["backbone"], file, f"from two backbones {meta['backbone']}")
 
 
 def check_config(study, root: Path, files: Iterable[os.PathLike]) -> None:

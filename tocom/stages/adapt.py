@@ -15,7 +15,7 @@ from tocom import distributed
 from tocom.errors import TocomError
 from tocom.files import Paths, checkpoint_files, load_metadata, sha256
 from tocom.jobs import AdaptJob
-from tocom.made import check_input, made, seal
+from tocom.made import made, seal
 from tocom.models import compress, family_of, load_model, pick_device
 from tocom.parts import Compensator, Shape, check_backbone, describe, file_of_seed, load_part, make_part, source_degree
 from tocom.seeds import derive_seed
@@ -99,7 +99,6 @@ def _adapt(
     """Adapt a compensator to one checkpoint and write it."""
     settings = job.settings
     teacher, meta = load_model(checkpoint)
-    check_input(checkpoint, meta, "data", data)
     student, _ = load_model(checkpoint, drop_path_rate=settings.drop_path)
     source, seed = source_degree(meta["train_degree"]), meta["seed"]
     family = family_of(teacher)

@@ -16,9 +16,9 @@ from tqdm import tqdm
 
 from tocom.compressed import Compressed, gflops
 from tocom.errors import TocomError
-from tocom.files import Paths, checkpoint_files, listed, load_metadata, save_arrays, sha256
+from tocom.files import Paths, checkpoint_files, listed, save_arrays, sha256
 from tocom.jobs import EvaluatedMethod, EvaluateJob
-from tocom.made import check_input, made
+from tocom.made import made
 from tocom.models import compress, family_of, load_model, pick_device
 from tocom.parts import Compensator, Part, file_of_seed, kind_of, load_part, source_degree
 from tocom.settings import PLAIN, EvaluateSettings
@@ -81,7 +81,6 @@ def evaluate(
     used = Used()
     with bar(None, f"evaluate {task.name}", total=total) as progress:
         for path in files:
-            check_input(path, load_metadata(path), "data", data)
             for cell, record in evaluate_checkpoint(path, task, job, compensators, progress, used):
                 cells.append(cell)
                 records.append(record)
