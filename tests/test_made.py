@@ -54,6 +54,8 @@ def test_no_bit_of_a_text_or_of_its_list_of_sums_can_flip_unnoticed(table, monke
             flipped[place] ^= 1 << place % 8
             path.write_bytes(flipped)
             assert "and make it again" in refusal(check, table)
+            path.write_bytes(content[:place])
+            assert "and make it again" in refusal(check, table)
         path.write_bytes(content)
     check(table)
 
@@ -61,7 +63,7 @@ def test_no_bit_of_a_text_or_of_its_list_of_sums_can_flip_unnoticed(table, monke
 def test_a_file_without_a_list_of_sums_is_taken_as_it_is(tmp_path):
     (tmp_path / "cells.csv").write_text("a\n")
     check(tmp_path / "cells.csv")
-    (tmp_path / "cells.sha256").write_text("")  # another program's, of other files
+    (tmp_path / "cells.sha256").write_text(f"{'0' * 64}  other.csv\n")  # another program's
     check(tmp_path / "cells.csv")
 
 

@@ -78,7 +78,7 @@ def recorded_sums(path: str | os.PathLike) -> dict[str, str]:
         return {}
     found = [re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in lines[:-1] if not line.startswith("#")]
     whole = not lines[0].startswith("#") or (len(lines) > 2 and lines[-2] == f"# {_sum_of(lines[:-2])}")
-    if lines[-1] or not whole or not all(found):
+    if lines[-1] or not whole or not found or not all(found):
         all_of_it = path.parent if path.name == FOLDER_SUMS else path.with_suffix(".*")
         raise TocomError(f"{path} is corrupt: its lines do not match their hash; delete {all_of_it} and make it again")
     return {match[2]: match[1] for match in found}

@@ -75,6 +75,7 @@ class Driver:
     orphans: list[psutil.Process] = field(default_factory=list)
     log: Callable[[str], None] = print
     runs: int = 0
+    cores: int = 2
 
     @property
     def results(self) -> Path:
@@ -90,7 +91,8 @@ class Driver:
             if limit is not None:
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
-        command = [sys.executable, "-m", "snakemake", "--cores", "2", "--configfile", str(self.config), *words]
+        options = ["--cores", str(self.cores), "--configfile", str(self.config)]
+        command = [sys.executable, "-m", "snakemake", *options, *words]
         self.runs += 1
         with self.printed().open("wb") as log:
             return subprocess.Popen(
