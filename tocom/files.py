@@ -48,11 +48,12 @@ def checkpoint_files(checkpoints: Paths) -> list[Path]:
     return files
 
 
-def again(path: str | os.PathLike) -> str:
-    """Return, for an error, how a file is made again: one that a job made with a whole folder, with that folder."""
-    path = Path(path)
-    together = path.name in recorded_sums(path.parent / FOLDER_SUMS)
-    return f"delete {path.parent if together else path} and make it again"
+def again(*paths: str | os.PathLike) -> str:
+    """Return, for an error, how files are made again: one that a job made with a whole folder, with that folder."""
+    whole = {path: path.name in recorded_sums(path.parent / FOLDER_SUMS) for path in map(Path, paths)}
+    units = list(dict.fromkeys(path.parent if together else path for path, together in whole.items()))
+    more = f" (and {len(units) - 20} more)" if len(units) > 20 else ""
+    return f"delete {' '.join(map(str, units[:20]))}{more} and make it again"
 
 
 def write_sums(path: str | os.PathLike, title: str, sums: dict[str, str]) -> None:

@@ -75,15 +75,14 @@ def code(parts: Iterable[Any] = ()) -> dict[str, str]:
 
 def _apart(module: str) -> Path | None:
     """Return the file of a part's module: of the registry, or of the user; not of the package or a library."""
-    there = sys.modules.get(module)
     try:
-        source = Path(inspect.getsourcefile(there) or "")
+        source = Path(inspect.getsourcefile(sys.modules.get(module)) or "")
     except TypeError:  # a notebook, for one
         return None
-    own = source.is_file() and not {"site-packages", "dist-packages"} & {*source.parts}
     if source.is_relative_to(PACKAGE):
-        own = module.startswith("tocom.methods.")
-    return source if own and not source.is_relative_to(Path(os.__file__).parent) else None
+        return source if module.startswith("tocom.methods.") else None
+    foreign = {"site-packages", "dist-packages"} & {*source.parts} or source.is_relative_to(Path(os.__file__).parent)
+    return None if foreign or not source.is_file() else source
 
 
 @lru_cache
@@ -254,7 +253,7 @@ class Agreed:
         self._stale: dict[Path, None] = {}
 
     def same(self, key: Any, value: Any, path: Path, otherwise: str, now: Any = None) -> None:
-        """Take down what a file says; :meth:`check` raises if an earlier one said something else of the same.
+        """Take down what a file says; :meth:`check` raises if an earlier one said something else.
 
         Args:
             otherwise: how the two were then made. now: what a file that is made now would say; the other is to go.
@@ -266,12 +265,9 @@ class Agreed:
             self._stale[other if value == now else path] = None
 
     def check(self) -> None:
-        """Raise TocomError if not all files say the same; it names the first two, and the smallest folder to delete."""
-        if len(self._stale) == 1:
-            raise TocomError(f"{self._first}; {again(*self._stale)}")
+        """Raise TocomError if not all files say the same; it names the first two, and all that are to go."""
         if self._stale:
-            folder = os.path.commonpath([path.parent for path in self._stale])
-            raise TocomError(f"{self._first}, as are {len(self._stale)} files; delete {folder} and make it again")
+            raise TocomError(f"{self._first}; {again(*self._stale)}")
 
     def same_code(self, role: str, versions: Mapping[str, str], path: Path) -> None:
         """Take down by which code a file of a role was made, module by module."""

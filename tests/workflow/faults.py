@@ -40,7 +40,7 @@ from tocom.study import read_config
 MEASURED = re.compile(r"throughput|costs|/(checkpoints|adapted|learned)/.*\.csv$|\.sha256$|SHA256SUMS$")
 SUMS = re.compile(r"\.sha256$|^SHA256SUMS$")
 #: What a refusal says is to be done.
-TOLD = re.compile(r"delete (\S+) and make it again|run `(tocom data fetch [^`]+)`")
+TOLD = re.compile(r"delete ([^;]+?) and make it again|run `(tocom data fetch [^`]+)`")
 #: Bytes of a file that the full disk still takes.
 DISK = 40_000
 #: Most runs of the study until it has to be whole.
@@ -127,10 +127,10 @@ class Driver:
 
     def heal(self, printed: str) -> None:
         """Do what refusals say: delete a file or folder, or fetch data again; note which faults they are about."""
-        for path, command in sorted({match.groups() for match in TOLD.finditer(printed)}, key=str):
-            if command:
-                subprocess.run(command.split(), cwd=self.folder, env=ENVIRONMENT | self.environment, check=True)
-                continue
+        told = [match.groups() for match in TOLD.finditer(printed)]
+        for command in dict.fromkeys(command for _, command in told if command):
+            subprocess.run(command.split(), cwd=self.folder, env=ENVIRONMENT | self.environment, check=True)
+        for path in dict.fromkeys(path for paths, _ in told for path in (paths or "").split()):
             named = self.folder / path
             for fault in self.faults:
                 hit = self.folder / fault.hit
