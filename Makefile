@@ -8,7 +8,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 
-.PHONY: reproduce console check test slow gpu studies lock reference backbone clean help
+.PHONY: reproduce console check test slow gpu faults studies lock reference backbone clean help
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -49,6 +49,9 @@ slow: $(VENV)/.test  ## Run what is slow by nature: kills of the workflow, a rea
 
 gpu: $(VENV)/.test  ## Run what needs a GPU: every part and every stage on one
 	pytest -m gpu
+
+faults: $(VENV)/.test  ## Run the demo, scaled down, through some 60 faults, and compare with an undisturbed run
+	python -m tests.workflow.faults --output results/faults
 
 lock:  ## Pin the newest versions that requirements/*.in allow
 	for name in bootstrap run test; do \

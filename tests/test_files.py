@@ -1,8 +1,11 @@
 """Files that are whole or absent, and what is refused on the way in."""
 
+import hashlib
+import json
 import os
 import pickle
 import stat
+from itertools import product
 
 import numpy as np
 import pytest
@@ -12,7 +15,17 @@ from safetensors.torch import save_file
 from tests.data.disk import file_limit
 from tests.small import refusal as refused_line
 from tocom.errors import TocomError
-from tocom.files import atomic, digest, load_arrays, load_tensors, save_arrays, save_tensors, sha256, write_text
+from tocom.files import (
+    atomic,
+    digest,
+    load_arrays,
+    load_tensors,
+    save_arrays,
+    save_tensors,
+    sha256,
+    verify_tensors,
+    write_text,
+)
 
 WRITERS = {
     "text": lambda path: write_text(path, "x" * 5000),
@@ -177,6 +190,27 @@ def test_changed_metadata_are_refused(tmp_path):
     assert content.count(b'"0.1"') == 1
     (tmp_path / "t").write_bytes(content.replace(b'"0.1"', b'"0.2"'))
     assert "metadata do not match their hash" in refusal(tmp_path / "t")
+
+
+@pytest.mark.parametrize("load", [load_tensors, load_arrays, verify_tensors])
+def test_no_bit_of_a_file_can_flip_unnoticed(tmp_path, load):
+    save_tensors(tmp_path / "t", {"a.weight": torch.arange(5.0), "b": torch.zeros(2, 3)}, {"kind": "model", "x": "é"})
+    content = (tmp_path / "t").read_bytes()
+    assert len(content) < 500
+    for place, bit in product(range(len(content)), range(8)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << bit
+        (tmp_path / "t").write_bytes(flipped)
+        refusal(tmp_path / "t", load)
+
+
+def test_a_file_from_before_tensors_had_a_hash_is_read(tmp_path):
+    text = {"kind": '"model"'}
+    checksum = hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()
+    save_file({"t": torch.ones(2)}, tmp_path / "t", metadata=text | {"checksum": json.dumps(checksum)})
+    tensors, metadata = load_tensors(tmp_path / "t")
+    assert torch.equal(tensors["t"], torch.ones(2))
+    assert metadata == verify_tensors(tmp_path / "t") == {"kind": "model"}
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])

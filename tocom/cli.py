@@ -59,7 +59,7 @@ def prepare(job: JobArgument, output: Output, sets: Sets = None) -> None:
 
     it = read_job(PrepareJob, job, sets or ())
     sizes = {"train": it.data.train, "val": it.data.val, "test": it.data.test}
-    options = {"source": it.source or None, "root": it.data.root, "decode_train": it.decode_train}
+    options = {"source": it.source or None, "root": it.data.root, "decode_train": it.decode_train, "job": it}
     about = stage(it.task, output, sizes, it.data.image_size or SIZE, resize=it.data.resize, **options)
     say(f"{it.task}: {about['classes']} classes, {about['sizes']}, {about['source']}")
 
@@ -199,12 +199,15 @@ def transfer(
     sets: Sets = None,
 ) -> None:
     """Carry every task's gap between two degrees to other tasks, and write a CSV of what comes of it."""
-    from tocom.files import write_rows
+    from tocom.files import checkpoint_files, write_rows
     from tocom.jobs import TransferJob, read_job
+    from tocom.made import seal
     from tocom.stages.transfer import transfer as stage
 
-    folders = grouped(checkpoints, "--checkpoints")
-    write_rows(stage(read_job(TransferJob, job, sets or ()), pairs(data, "--data"), folders), output)
+    tasks, folders = pairs(data, "--data"), grouped(checkpoints, "--checkpoints")
+    write_rows(stage(read_job(TransferJob, job, sets or ()), tasks, folders), output)
+    models = [file for names in folders.values() for name in names for file in checkpoint_files(name)]
+    seal(output, [*tasks.values(), *models])
 
 
 @app.command()
@@ -219,10 +222,12 @@ def throughput(
     """Measure images a second and memory at each degree, with and without compensators, side by side."""
     from tocom.files import write_rows
     from tocom.jobs import ThroughputJob, read_job
+    from tocom.made import seal
     from tocom.stages.throughput import throughput as stage
 
-    it = read_job(ThroughputJob, job, sets or ())
-    write_rows(stage(it, backbone, pairs(compensator, "--compensator"), learned), output)
+    it, added = read_job(ThroughputJob, job, sets or ()), pairs(compensator, "--compensator")
+    write_rows(stage(it, backbone, added, learned), output)
+    seal(output, [*added.values(), *([] if learned is None else [learned])])
 
 
 @app.command()
@@ -348,6 +353,23 @@ def info(path: Annotated[str, typer.Argument(help="A checkpoint, compensator, pr
 
 
 @app.command()
+def trace(
+    path: Annotated[Path, typer.Argument(help="A table, figure, CSV, predictions, a checkpoint; or a study's folder.")],
+) -> None:
+    """Walk from a file back to checkpoints, backbone and images, and hash each; exit status 1 at the first change."""
+    from rich.console import Console
+
+    from tocom.trace import trace as walk
+
+    traced = walk(path)
+    Console(soft_wrap=True).print(traced.tree)
+    if traced.error is not None:
+        raise traced.error
+    gone = f"; {len(traced.gone)} are not here to be looked at" if traced.gone else ""
+    say(f"{len(traced.here)} files are what they were when they were made{gone}")
+
+
+@app.command()
 def init(
     config: Annotated[Path, typer.Argument(help="The YAML file to write; its name becomes the study's.")],
     folder: Annotated[Optional[str], typer.Option(help="Your images, a subfolder a class; else bundled ones.")] = None,
@@ -401,9 +423,11 @@ def schema(output: Output) -> None:
 def study(job: Annotated[str, typer.Argument(help="A config, as JSON or a YAML file.")], output: Output) -> None:
     """Write a validated config as study.json, from which all analysis starts."""
     from tocom.files import write_text
+    from tocom.made import seal
     from tocom.study import parse_study, read_mapping
 
     write_text(output, parse_study(read_mapping(job)).as_json() + "\n")
+    seal(output)
 
 
 def main() -> None:

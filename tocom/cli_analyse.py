@@ -26,13 +26,17 @@ PredictionsArgument = Annotated[
 def cells(folder: FolderArgument, output: Output, predictions: PredictionsArgument = None) -> None:
     """Gather predictions into one tidy table, a row for each cell, and say how much of the study is there."""
     from tocom.analysis import planned
-    from tocom.analysis.cells import KEYS, gather
+    from tocom.analysis.cells import KEYS, check_config, gather
     from tocom.files import write_rows
+    from tocom.made import seal
     from tocom.study import read_study
 
     study = read_study(folder / "study.json")
-    rows = gather(study.study, predictions or planned.prediction_files(study, folder))
+    files = predictions or planned.prediction_files(study, folder)
+    check_config(study, folder / "predictions", files)
+    rows = gather(study.study, files)
     write_rows(rows, output)
+    seal(output, [folder / "study.json", *files])
     wanted = planned.cells(study)
     say(f"{len(wanted & {tuple(row[key] for key in KEYS) for row in rows})} of {len(wanted)} planned cells are there")
 
@@ -41,16 +45,20 @@ def cells(folder: FolderArgument, output: Output, predictions: PredictionsArgume
 def compare(folder: FolderArgument, output: FolderOption, predictions: PredictionsArgument = None) -> None:
     """Compare methods pair by pair (significance.csv, pairwise.csv), and say what costs (harm.csv, mismatch.csv)."""
     from tocom.analysis import compare as stage
-    from tocom.analysis.cells import records
+    from tocom.analysis.cells import check_config, records
     from tocom.analysis.planned import prediction_files
     from tocom.files import write_text
+    from tocom.made import seal
     from tocom.study import read_study
 
     study = read_study(folder / "study.json")
-    there = records(predictions or prediction_files(study, folder))
+    files = predictions or prediction_files(study, folder)
+    check_config(study, folder / "predictions", files)
+    there = records(files)
     made = {"significance": stage.compare, "harm": stage.harm, "mismatch": stage.mismatch, "pairwise": stage.pairwise}
     for name, frame in {name: make(study, there) for name, make in made.items()}.items():
         write_text(output / f"{name}.csv", frame.to_csv(index=False, lineterminator="\n", float_format="%.10g"))
+        seal(output / f"{name}.csv", [folder / "study.json", *files])
 
 
 @app.command()
@@ -69,11 +77,13 @@ def costs(folder: FolderArgument, output: Output) -> None:
     from tocom.analysis.costs import gather
     from tocom.analysis.run import Run
     from tocom.files import write_rows
+    from tocom.made import seal
 
     rows = gather(Run.read(folder))
     if not rows:
         raise TocomError(f"no training of this study in {folder}; run some of it first")
     write_rows(rows, output)
+    seal(output, [folder / "study.json"])
 
 
 @app.command()

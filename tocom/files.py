@@ -7,10 +7,11 @@ import errno
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from tocom.errors import TocomError
 
@@ -18,6 +19,10 @@ from tocom.errors import TocomError
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 #: First bytes of the formats that hide code: zip (torch.save), pickle protocols 2 to 5.
 _FOREIGN = {b"PK": "a zip archive, as torch.save writes", b"\x80": "a Python pickle"}
+
+
+#: In a folder whose files one job makes together: the SHA-256 of each, as `sha256sum --check` reads them.
+FOLDER_SUMS = "SHA256SUMS"
 
 
 def listed(paths: Paths) -> list[Path]:
@@ -35,9 +40,49 @@ def checkpoint_files(checkpoints: Paths) -> list[Path]:
     if len(named) != 1 or not named[0].is_dir():
         return named
     files = sorted(named[0].glob("*.safetensors"))
+    missing = [file for file in recorded_sums(named[0] / FOLDER_SUMS) if not (named[0] / file).exists()]
+    if missing:
+        raise TocomError(f"{named[0] / missing[0]} is missing; {again(named[0] / missing[0])}")
     if not files:
         raise TocomError(f"{named[0]} holds no checkpoints; fine-tune some first (`tocom finetune`)")
     return files
+
+
+def again(*paths: str | os.PathLike) -> str:
+    """Return, for an error, how files are made again: one that a job made with a whole folder, with that folder."""
+    whole = {path: path.name in recorded_sums(path.parent / FOLDER_SUMS) for path in map(Path, paths)}
+    units = list(dict.fromkeys(path.parent if together else path for path, together in whole.items()))
+    more = f" (and {len(units) - 20} more)" if len(units) > 20 else ""
+    return f"delete {' '.join(map(str, units[:20]))}{more} and make it again"
+
+
+def write_sums(path: str | os.PathLike, title: str, sums: dict[str, str]) -> None:
+    """Write name -> SHA-256 of some files as `sha256sum --check` reads it, and at the end a sum of the list itself."""
+    lines = [f"# {title}", *(f"{value}  {name}" for name, value in sums.items())]
+    write_text(path, "\n".join([*lines, f"# {_sum_of(lines)}", ""]))
+
+
+def _sum_of(lines: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def recorded_sums(path: str | os.PathLike) -> dict[str, str]:
+    """Return name -> SHA-256 of the files that a list of sums names, in its order; nothing if there is no such list.
+
+    Raises:
+        TocomError: it is not what :func:`write_sums` wrote, or, of another program, no such list.
+    """
+    path = Path(path)
+    try:
+        lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    found = [re.fullmatch(r"([0-9a-f]{64})  (.+)", line) for line in lines[:-1] if not line.startswith("#")]
+    whole = not lines[0].startswith("#") or (len(lines) > 2 and lines[-2] == f"# {_sum_of(lines[:-2])}")
+    if lines[-1] or not whole or not found or not all(found):
+        all_of_it = path.parent if path.name == FOLDER_SUMS else path.with_suffix(".*")
+        raise TocomError(f"{path} is corrupt: its lines do not match their hash; delete {all_of_it} and make it again")
+    return {match[2]: match[1] for match in found}
 
 
 @contextlib.contextmanager
@@ -157,26 +202,49 @@ def _write(path: str | os.PathLike, save_file: Callable, tensors: dict, metadata
     text = {key: json.dumps(value, sort_keys=True) for key, value in (metadata or {}).items()}
     with atomic(path) as temporary:
         try:
-            save_file(tensors, temporary, metadata=text | {"checksum": json.dumps(_checksum(text))})
+            save_file(tensors, temporary, metadata=text | dict.fromkeys((_TENSORS, _METADATA), json.dumps("0" * 64)))
         except SafetensorError as error:  # safetensors reports a full disk in its own type
             raise OSError(str(error)) from error
-        _sort_header(temporary)
+        _finish_header(temporary)
+
+
+#: Under which metadata keep the hash of all tensors, and that of all other metadata.
+_TENSORS, _METADATA = "tensors_checksum", "checksum"
 
 
 def _checksum(text: dict[str, str]) -> str:
-    return hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest()
+    return json.dumps(hashlib.sha256(json.dumps(text, sort_keys=True).encode()).hexdigest())
 
 
-def _sort_header(path: Path) -> None:
-    """Sort the header in place: safetensors writes metadata in random order, and the same file has the same bytes."""
+def _header(stream: BinaryIO) -> tuple[dict, int]:
+    size = int.from_bytes(stream.read(8), "little")
+    return json.loads(stream.read(size)), size
+
+
+def _tensors_checksum(header: dict, stream: BinaryIO) -> str:
+    """Return a hash of all tensors' names, types, shapes, places and bytes; the stream is where the header ends."""
+    about = {name: place for name, place in header.items() if name != "__metadata__"}
+    total = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    while block := stream.read(2**20):
+        total.update(block)
+    return json.dumps(total.hexdigest())
+
+
+def _finish_header(path: Path) -> None:
+    """Put the checksums in, and sort: safetensors writes metadata in random order, and the same file has the same
+    bytes."""
     with path.open("r+b") as stream:
-        size = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(size))
+        header, size = _header(stream)
+        text = header["__metadata__"]
+        text[_TENSORS] = _tensors_checksum(header, stream)
+        text[_METADATA] = _checksum({key: value for key, value in text.items() if key != _METADATA})
         stream.seek(8)
         stream.write(json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
-def _read(path: str | os.PathLike, framework: str, whole: bool = True) -> tuple[dict, dict[str, Any]]:
+def _read(
+    path: str | os.PathLike, framework: str, check: bool = True, keep: bool = True
+) -> tuple[dict, dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
     path = Path(path)
@@ -184,26 +252,39 @@ def _read(path: str | os.PathLike, framework: str, whole: bool = True) -> tuple[
         raise TocomError(f"no such file: {path}; check the path, or run the stage that makes it")
     try:
         with safe_open(path, framework=framework) as file:
-            metadata = _decode(file.metadata() or {})
-            return {name: file.get_tensor(name) for name in file.keys() if whole}, metadata  # noqa: SIM118, no dict
+            metadata, checksum = _decode(file.metadata() or {})
+            if check and checksum is not None:
+                _check_tensors(path, checksum)
+            return {name: file.get_tensor(name) for name in file.keys() if keep}, metadata  # noqa: SIM118, no dict
     except (SafetensorError, ValueError) as error:
         _refuse_pickle(path)
         reason = str(error).splitlines()[0]
-        raise TocomError(
-            f"{path} is corrupt or not a safetensors file ({reason}); delete it and make it again"
-        ) from None
+        raise TocomError(f"{path} is corrupt or not a safetensors file ({reason}); {again(path)}") from None
 
 
-def _decode(text: dict[str, str]) -> dict[str, Any]:
-    """Return metadata as it was given to :func:`save_tensors`; what another program wrote may stay text."""
-    checksum = text.pop("checksum", None)
-    if checksum is not None and checksum != json.dumps(_checksum(text)):
+def _check_tensors(path: Path, checksum: str) -> None:
+    with path.open("rb") as stream:
+        header, _ = _header(stream)
+        if _tensors_checksum(header, stream) != checksum:
+            raise ValueError("its tensors do not match their hash")
+
+
+def _decode(text: dict[str, str]) -> tuple[dict[str, Any], str | None]:
+    """Return metadata as they were given to :func:`save_tensors`, and the hash of the tensors, if they have one.
+
+    What another program wrote may stay text.
+    """
+    checksum, text = text.get(_METADATA), {key: value for key, value in text.items() if key != _METADATA}
+    if checksum is not None and checksum != _checksum(text):
         raise ValueError("its metadata do not match their hash")
+    of_tensors = text.pop(_TENSORS, None)
+    if checksum is None and of_tensors is not None:
+        raise ValueError("the hash of its metadata is gone")
     metadata = dict(text)
     for key, value in text.items():
         with contextlib.suppress(json.JSONDecodeError):
             metadata[key] = json.loads(value)
-    return metadata
+    return metadata, of_tensors
 
 
 def _refuse_pickle(path: Path) -> None:
@@ -246,7 +327,16 @@ def load_metadata(path: str | os.PathLike) -> dict[str, Any]:
     Raises:
         TocomError: see :func:`load_tensors`.
     """
-    return _read(path, "np", whole=False)[1]
+    return _read(path, "np", check=False, keep=False)[1]
+
+
+def verify_tensors(path: str | os.PathLike) -> dict[str, Any]:
+    """Return the metadata of a safetensors file whose tensors match their hash; they are not kept in memory.
+
+    Raises:
+        TocomError: see :func:`load_tensors`.
+    """
+    return _read(path, "np", keep=False)[1]
 
 
 def sha256(path: str | os.PathLike) -> str:

@@ -23,6 +23,7 @@ from tocom.files import check_finite, digest, load_metadata, load_tensors, save_
 from tocom.files import sha256 as sha256_of
 from tocom.folding import is_folded
 from tocom.gpus import claim
+from tocom.made import made
 from tocom.parts import Compressor, describe, is_head, make_part
 from tocom.vit import CompressedViT
 
@@ -287,6 +288,8 @@ def import_backbone(
         "revision": revision,
         "proportional_attention": proportional_attention,
     }
+    job = {"architecture": architecture, "kwargs": kwargs, "num_classes": num_classes, "revision": revision}
+    metadata["made"] = made(job, output, {"weights": path})
     save_model(output, model, **metadata)
     return metadata
 

@@ -593,6 +593,20 @@ def load_part(path: Any, role: str) -> Any:
     return part.eval()
 
 
+def check_backbone(part: Part, file: Any, backbone_sha256: str) -> None:
+    """Raise TocomError if a learned part says that it was learned on another backbone; a foreign one does not say.
+
+    Args:
+        backbone_sha256: what the backbone's checkpoint calls ``sha256``.
+    """
+    learned_on = part.metadata.get("backbone_sha256", backbone_sha256)
+    if learned_on != backbone_sha256:
+        raise TocomError(
+            f"{file} was learned on another backbone than this one ({learned_on[:12]}, {backbone_sha256[:12]});"
+            " learn one for it"
+        )
+
+
 def file_of_seed(paths: Paths, seed: int) -> Path:
     """Return which file of a learned part goes with the models of a seed: the one learned with it, or the only one.
 

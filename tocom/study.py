@@ -24,6 +24,7 @@ from tocom.data.own import OPTIONS, OwnOptions
 from tocom.data.registry import TASKS, groups_of, kind_of_task
 from tocom.errors import TocomError, suggest
 from tocom.files import read_yaml
+from tocom.made import check
 from tocom.methods import DEFAULTS
 from tocom.parts import check_options, part_class, source_degree
 from tocom.settings import (
@@ -823,6 +824,7 @@ def parse_study(config: Mapping[str, Any], where: str = "config") -> Study:
 
 def read_study(path: str | os.PathLike) -> Study:
     """Read and validate a YAML config, or the study.json of a study's folder; see :func:`parse_study`."""
+    check(path)
     return parse_study(read_config(path), str(path))
 
 

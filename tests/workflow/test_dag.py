@@ -1,23 +1,37 @@
 """The workflow, for real, on the tiny study and the method of docs/add_a_method.md; then with mistakes in it."""
 
+import random
 import re
 import shutil
 import subprocess
+from pathlib import Path
 
 import pandas as pd
 import pytest
 import yaml
 from filelock import FileLock
+from typer.testing import CliRunner
 
 from tests.data.layouts import make_catalogue
+from tests.small import refusal
+from tests.workflow.faults import DAMAGES, Driver
 from tests.workflow.running import LANGUAGE, ROOT, TINY, planned, snakemake, workplace
 from tocom.analysis.cells import COLUMNS
+from tocom.analysis.report import write_tables
+from tocom.cli_analyse import app
 from tocom.data.fetch import fetch
 from tocom.data.store import folder_of, status
+from tocom.errors import TocomError
+from tocom.files import load_arrays, save_arrays
 from tocom.study import read_study
 
 pytestmark = pytest.mark.dag
 EXAMPLE = (ROOT / "docs" / "add_a_method.md").read_text()
+
+
+def analyse(*words):
+    """Run `tocom analyse` in this process."""
+    return CliRunner().invoke(app, [*map(str, words)], catch_exceptions=False)
 
 
 def example(language):
@@ -163,6 +177,44 @@ def test_a_forced_fetch_keeps_what_was_fetched_and_what_is_registered(tmp_path):
     assert [(folder / target).read_bytes() for target in targets] == records
     assert [status(name, folder / "data", catalogue) for name in names] == ["fetched", "registered"]
     assert folder_of("cifar100", folder / "data", catalogue) == mine
+
+
+def test_a_study_that_faults_have_hit_notices_every_one_and_ends_as_it_was(finished, tmp_path):
+    """The short form of `make faults`: of what is made last, because all that depends on it is made again, too.
+
+    On one core, where jobs come in another order than in the run that it is compared with.
+    """
+    folder = shutil.copytree(finished, tmp_path / "hit")
+    driver = Driver(folder, folder / "mine.yaml", {}, random.Random(0), cores=1)
+    for kind in DAMAGES:
+        driver.damage(kind, "predictions|transfer/|cells|harm|significance|tables/(main|tasks)|figures")
+    driver.kill_jobs(2)
+    driver.stop_snakemake("Snakemake killed with its jobs")
+    driver.finish()
+    assert driver.judge(finished / "results" / "tiny") == []
+    assert len(driver.faults) >= 4
+    assert [fault for fault in driver.faults if not (fault.recovered and (fault.noticed or fault.unread))] == []
+
+
+def test_what_was_made_from_other_files_or_changed_is_refused_on_the_way_to_tables(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(shutil.copytree(finished, tmp_path / "mixed"))
+    root = Path("results", "tiny")
+    harm = (root / "harm.csv").read_bytes()
+    (root / "harm.csv").write_bytes(harm.replace(b"tome", b"tomf", 1))
+    assert f"{root / 'harm.csv'} does not match the hash" in refusal(write_tables, root, root / "tables")
+    (root / "harm.csv").write_bytes(harm)
+    # cells of one more evaluation than the tests were made of
+    predictions = next((root / "predictions" / "tiny_vit" / "tome").rglob("*.safetensors"))
+    arrays, about = load_arrays(predictions)
+    save_arrays(predictions, arrays, about | {"note": "another"})
+    assert analyse("cells", root, "-o", root / "cells.csv").exit_code == 0
+    message = refusal(write_tables, root, root / "tables")
+    assert f"from two states of {predictions}" in message
+    # predictions of another config
+    about["made"]["job"]["settings"]["precision"] = "bf16"
+    save_arrays(predictions, arrays, about)
+    with pytest.raises(TocomError, match="settings.precision is .bf16., not"):
+        analyse("cells", root, "-o", root / "cells.csv")
 
 
 def test_a_failing_job_leaves_no_output_and_its_reason_is_shown(finished, tmp_path):

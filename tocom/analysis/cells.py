@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 from numpy.typing import NDArray
 
 from tocom.analysis.scores import METRICS, read_predictions
 from tocom.errors import TocomError
-from tocom.files import write_text
+from tocom.files import again, load_metadata, write_text
+from tocom.made import Agreed, check, check_together, difference, how, job_hash, located, seal
 
 #: What tells the cells of a study apart.
 KEYS = ("backbone", "method", "task", "seed", "train_degree", "infer_degree")
@@ -34,8 +37,11 @@ TEXT = dict.fromkeys(
 def _read_all(files: Iterable[os.PathLike]) -> Iterable[tuple[tuple, str, dict, NDArray]]:
     """Yield the values of :data:`KEYS`, the metric, the cell and the record of every cell."""
     found: dict[tuple, os.PathLike] = {}
+    agreed = Agreed()
     for path in files:
         meta, cells = read_predictions(path)
+        if "made" in meta:
+            compare_made(Path(path), meta, agreed)
         for cell, record in cells:
             where = cell["seed"], str(cell["train_degree"]), cell["infer_degree"]
             key = (meta["backbone"], cell["method"], meta["task"], *where)
@@ -43,6 +49,59 @@ def _read_all(files: Iterable[os.PathLike]) -> Iterable[tuple[tuple, str, dict, 
                 raise TocomError(f"{path} and {found[key]} hold the same cell {key}; delete the older of the two")
             found[key] = path
             yield key, meta["metric"], cell, record
+    agreed.check()
+
+
+def compare_made(path: Path, meta: dict, agreed: Agreed) -> None:
+    """Tell ``agreed`` what predictions say of themselves that has to be the same in all of a study.
+
+    Nothing may be made by two versions of the code, evaluated with two settings, on two preparations of a task, or from
+    two backbones of one name.
+    """
+    about = meta["made"]
+    agreed.same_code("predictions", about["code"], path)
+    agreed.same("settings", about["job"]["settings"], path, "with two settings of evaluation")
+    for item in about["inputs"]:
+        role, file = item["role"], located(path, item["file"])
+        agreed.same_code(role, item.get("code", {}), file)
+        own = item.get("from", {})
+        if data := item["sha256"] if role == "data" else own.get("data"):
+            agreed.same(("data", meta["task"]), data, file, f"from two preparations of {meta['task']}")
+        if "backbone" in own:
+            agreed.same(("backbone", meta["backbone"]), own["backbone"], file, f"from two backbones {meta['backbone']}")
+
+
+def check_config(study, root: Path, files: Iterable[os.PathLike]) -> None:
+    """Raise TocomError if predictions, or what they were made from, are of another config than a study's.
+
+    Args:
+        root: folder of its predictions; files that lie elsewhere are not checked.
+    """
+    from tocom.jobs import Plan
+
+    plan = Plan({study.study: json.loads(study.as_json())})
+    learned = {job_hash(job) for job in plan.learned.values()}
+    for path in map(Path, files):
+        about = load_metadata(path).get("made")
+        if about is None or not path.is_relative_to(root):
+            continue
+        parts = zip(("backbone", "tuned", "task", "batch"), path.relative_to(root).with_suffix("").parts, strict=True)
+        where = SimpleNamespace(study=study.study, **dict(parts))
+        if changed := difference(about["job"], how(plan.evaluate(where))):
+            raise TocomError(f"{path} is of another config than {study.study}'s: {changed}; {again(path)}")
+        adapted = [SimpleNamespace(**vars(where), method=name) for name, _ in plan.adapted(where, "")]
+        wanted = {
+            "data": {job_hash(plan.prepare(where))},
+            "checkpoint": {job_hash(plan.finetune(where))},
+            "compensator": learned | {job_hash(plan.adapt(it)) for it in adapted},
+        }
+        for item in about["inputs"]:
+            if "job" in item and item["job"] not in wanted[item["role"]]:
+                file = located(path, item["file"])
+                raise TocomError(
+                    f"{path} was made from {file}, which is of another config than {study.study}'s (job {item['job']},"
+                    f" not {' or '.join(sorted(wanted[item['role']]))}); {again(file)}"
+                )
 
 
 def gather(study: str, files: Iterable[os.PathLike]) -> list[dict]:
@@ -77,14 +136,17 @@ def records(files: Iterable[os.PathLike]) -> dict[Condition, BySeed]:
 
 def concatenate(tables: Sequence[os.PathLike], path: str | os.PathLike) -> None:
     """Put CSV files one below the other."""
+    check_together(tables)
     frame = pd.concat([pd.read_csv(table, keep_default_na=False) for table in tables], ignore_index=True)
     write_text(path, frame.to_csv(index=False, lineterminator="\n"))
+    seal(path, tables)
 
 
 def read_cells(path: str | os.PathLike) -> pd.DataFrame:
     """Read cells.csv, train_degree as text (it may be no number)."""
     if not Path(path).is_file():
         raise TocomError(f"no such file: {path}; run the study first (snakemake --cores all)")
+    check(path)
     return checked(pd.read_csv(path, dtype=TEXT, keep_default_na=False), COLUMNS, path)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tocom.analysis.planned import Endpoint
-from tocom.analysis.run import Pair, Run, primary
+from tocom.analysis.run import Pair, Run, primary, sources
 from tocom.analysis.tables import p_is, p_text
 from tocom.errors import TocomError
 
@@ -27,6 +27,7 @@ def headline(folder: Path) -> list[Figure]:
     Raises:
         TocomError: it declares nothing to compare, or was not run.
     """
+    sources(folder)
     run = Run.read(folder)
     needed = ("cells.csv", "significance.csv", "harm.csv", "throughput.csv")
     missing = [name for name in needed if not (folder / name).is_file()]

@@ -13,7 +13,16 @@ from scipy import stats
 from tocom.analysis.paper import LARGEST_CAPTION, NOT_AT_HAND, READING_CAPTION, where
 from tocom.analysis.planned import VTAB, Scope, same_models
 from tocom.analysis.report import write_pages
-from tocom.analysis.run import Compared, Run, best_mean, largest, published_gain, transfer_methods, transferred
+from tocom.analysis.run import (
+    Compared,
+    Run,
+    best_mean,
+    largest,
+    published_gain,
+    sources,
+    transfer_methods,
+    transferred,
+)
 from tocom.analysis.tables import NOT_RUN, STARS_CAPTION, VTAB_NOTE, Table, Text, gain_text, signed
 from tocom.settings import PLAIN
 
@@ -170,5 +179,7 @@ def write_overview(studies: Sequence[Path], output: Path) -> None:
     Args:
         studies: folders with a study.json, or configs, whose studies are looked for where the workflow puts them.
     """
-    lines = [line for run in map(Run.find, studies) for line in overview(run.study, run.folder)]
-    write_pages([joint(lines)], output.with_suffix(""))
+    runs = [Run.find(path) for path in studies]
+    inputs = [file for run in runs for file in sources(run.folder)]
+    lines = [line for run in runs for line in overview(run.study, run.folder)]
+    write_pages([joint(lines)], output.with_suffix(""), inputs)

@@ -10,7 +10,7 @@ from tocom.analysis.costs import serving_table, trainings_table
 from tocom.analysis.paper import paper_tables
 from tocom.analysis.perplexity import perplexity_tables
 from tocom.analysis.planned import task_scopes
-from tocom.analysis.run import Run
+from tocom.analysis.run import Run, sources
 from tocom.analysis.tables import (
     Table,
     degree_tables,
@@ -21,6 +21,7 @@ from tocom.analysis.tables import (
 )
 from tocom.errors import TocomError
 from tocom.files import atomic, write_text
+from tocom.made import check, seal
 
 #: What makes an HTML table readable in Snakemake's report.
 PAGE = """<!doctype html><meta charset="utf-8"><style>
@@ -50,20 +51,28 @@ def make_tables(run: Run) -> dict[str, list[Table]]:
 
 def write_tables(folder: Path, output: Path) -> None:
     """Write :func:`make_tables` of the study in ``folder`` to ``output`` as Markdown, LaTeX and HTML."""
+    inputs = sources(folder, "costs")
     for name, tables in make_tables(Run.read(folder)).items():
-        write_pages(tables, output / name)
+        write_pages(tables, output / name, inputs)
 
 
 def write_paper(folder: Path, output: Path) -> None:
     """Write the table in the paper's form of the study in ``folder`` to ``output``/paper.{md,tex,html}."""
-    write_pages(paper_tables(Run.read(folder)), output / "paper")
+    inputs = sources(folder)
+    write_pages(paper_tables(Run.read(folder)), output / "paper", inputs)
 
 
-def write_pages(tables: Sequence[Table], path: Path) -> None:
-    """Write tables one below the other to ``path`` with the endings .md, .html and .tex."""
-    write_text(path.with_name(f"{path.name}.md"), "\n".join(table.markdown() for table in tables) or ELSEWHERE)
-    write_text(path.with_name(f"{path.name}.html"), PAGE + ("\n".join(t.html() for t in tables) or ELSEWHERE))
-    write_text(path.with_name(f"{path.name}.tex"), "\n".join(t.latex() for t in tables) or f"% {ELSEWHERE}")
+def write_pages(tables: Sequence[Table], path: Path, inputs: Sequence[Path]) -> None:
+    """Write tables one below the other to ``path`` with the endings .md, .html and .tex, and their sums."""
+    pages = {
+        "md": "\n".join(table.markdown() for table in tables) or ELSEWHERE,
+        "html": PAGE + ("\n".join(t.html() for t in tables) or ELSEWHERE),
+        "tex": "\n".join(t.latex() for t in tables) or f"% {ELSEWHERE}",
+    }
+    written = {path.with_name(f"{path.name}.{kind}"): page for kind, page in pages.items()}
+    for file, page in written.items():
+        write_text(file, page)
+    seal([*written], inputs)
 
 
 def write_figures(folder: Path, output: Path) -> None:
@@ -75,13 +84,15 @@ def write_figures(folder: Path, output: Path) -> None:
 
     from tocom.analysis import figures
 
-    run = Run.read(folder)
+    inputs, run, drawn = sources(folder), Run.read(folder), []
     for number, backbone in enumerate(run.backbones):
         for name, figure in figures.draw(run, backbone).items():
             for kind, metadata in figures.CLEAN.items():
-                with atomic(output / f"{name}{f'_{backbone}' if number else ''}.{kind}") as temporary:
+                drawn.append(output / f"{name}{f'_{backbone}' if number else ''}.{kind}")
+                with atomic(drawn[-1]) as temporary:
                     figure.savefig(temporary, metadata=metadata, bbox_inches="tight")
             pyplot.close(figure)
+    seal(drawn, inputs, folder=True)
 
 
 def show(folder: Path) -> str:
@@ -89,6 +100,7 @@ def show(folder: Path) -> str:
     main = folder / "tables" / "main.md"
     if not main.is_file():
         raise TocomError(f"no such file: {main}; run the study first (snakemake --cores all)")
+    check(main)
     page = folder / "report.html"
     how = "" if page.is_file() else f"not there yet; snakemake --report {page}"
     return (

@@ -27,6 +27,7 @@ from tocom.analysis.planned import (
 )
 from tocom.analysis.published import Published, read_published
 from tocom.files import load_metadata
+from tocom.made import check, check_together
 from tocom.settings import GFLOPS, PLAIN
 
 if TYPE_CHECKING:
@@ -285,10 +286,26 @@ class Run:
         return [figure for figure in figures if figure.is_of(scope, timm, *parts)]
 
 
+def sources(folder: Path, *further: str) -> list[Path]:
+    """Return the declaration of a study and those of its tidy tables that are there, which figures are made of.
+
+    Args:
+        further: names of others that are to be among them.
+
+    Raises:
+        TocomError: one is not what its job left, or they were not made from the same inputs.
+    """
+    names = ("cells", "significance", "harm", "mismatch", "pairwise", "throughput", "transfer", *further)
+    found = [path for path in (folder / "study.json", *(folder / f"{name}.csv" for name in names)) if path.is_file()]
+    check_together(found)
+    return found
+
+
 def _read(path: Path, columns: Sequence[str], **options) -> pd.DataFrame:
     """Return a tidy table, or an empty one with these columns if the file is missing."""
     if not path.is_file():
         return pd.DataFrame(columns=list(columns))
+    check(path)
     return checked(pd.read_csv(path, dtype=TEXT, **options), columns, path)
 
 

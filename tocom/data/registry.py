@@ -21,8 +21,11 @@ from tocom.data.families import load_listing
 from tocom.data.images import Resize, decode, image_files
 from tocom.data.listing import SPLITS, Items, Listing, TaskKind, check_disjoint, with_validation
 from tocom.data.own import OPTIONS, OwnOptions, read_own
+from tocom.data.store import SUMS, folder_of
 from tocom.errors import TocomError, suggest
 from tocom.files import load_arrays, save_arrays
+from tocom.made import made
+from tocom.settings import Settings
 
 Arrays = tuple[np.ndarray, np.ndarray]  # images [n, 3, H, W] uint8, labels [n] int64 or [n, H, W] uint8
 Sizes = Mapping[str, int | float | None]  # split -> images; None, or no entry: what the task's source suggests
@@ -227,6 +230,7 @@ def prepare(
     decode_train: bool = True,
     resize: Resize = "crop",
     catalogue: CatalogueOrPath = None,
+    job: Settings | None = None,
 ) -> dict:
     """Decode a task once and write its splits as one safetensors file.
 
@@ -241,6 +245,7 @@ def prepare(
         root: folder of the downloaded data sets.
         decode_train: whether the training images are decoded, too; otherwise they stay what they are (files, or
             arrays of their own size), to be augmented from there.
+        job: what all this was said by, to be stored; see :mod:`tocom.made`.
 
     Returns:
         The metadata that is stored with the arrays.
@@ -278,8 +283,18 @@ def prepare(
         "image_size": image_size,
         "resize": resize,
     }
+    if job is not None:
+        metadata["made"] = made(job, output, {"images": _sums_of_images(name, source, root, catalogue)})
     save_arrays(output, arrays, metadata)
     return metadata
+
+
+def _sums_of_images(name: str, source, root: str | os.PathLike, catalogue: CatalogueOrPath) -> Path | None:
+    """Return the list of the hashes of a downloaded data set's images, if it has one."""
+    if source or name in TASKS:
+        return None
+    sums = folder_of(name, root, catalogue) / SUMS
+    return sums if sums.is_file() else None
 
 
 def pack_paths(paths: Iterable[Path]) -> np.ndarray:

@@ -15,8 +15,9 @@ from tocom import distributed
 from tocom.errors import TocomError
 from tocom.files import Paths, checkpoint_files, load_metadata, sha256
 from tocom.jobs import AdaptJob
+from tocom.made import made, seal
 from tocom.models import compress, family_of, load_model, pick_device
-from tocom.parts import Compensator, Shape, describe, file_of_seed, load_part, make_part, source_degree
+from tocom.parts import Compensator, Shape, check_backbone, describe, file_of_seed, load_part, make_part, source_degree
 from tocom.seeds import derive_seed
 from tocom.stages.learn import keep, train
 from tocom.tasks import Task, load_task
@@ -63,6 +64,9 @@ def adapt(
             written.append(_adapt(job, path, task, output / path.name, data, learned, workers))
         for path in files:
             forget(_state(output / path.name))
+        if files and distributed.is_main():
+            ours = [output / path.name for path in files]
+            seal([file for path in ours for file in (path, path.with_suffix(".csv"))], folder=True)
     return written
 
 
@@ -100,6 +104,7 @@ def _adapt(
     family = family_of(teacher)
     start = None if learned is None else file_of_seed(learned, seed)
     part = _start(job, start, seed, source, family.shape_of(teacher))
+    check_backbone(part, start, meta["backbone_sha256"])
     both = [compress(model.to(task.device), meta, meta["compressor"], source) for model in (teacher, student)]
     part.compressor = describe(both[0].compressor)
     objective = part.objective(*both, settings.compile is not None).to(task.device)
@@ -115,4 +120,6 @@ def _adapt(
     about = {name: meta[name] for name in ("backbone_sha256", "train_degree", "task")}
     about |= family.how(meta) | family.run_as(teacher)
     about |= {"seed": seed, "recipe": settings.recipe(), "adapted_to": inputs["checkpoint"]}
+    named = {"checkpoint": checkpoint, "data": data, "compensator": start}
+    about["made"] = made(job, output, named, [part, both[0].compressor])
     return keep(part, output, about, trained)

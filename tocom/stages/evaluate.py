@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from tocom.compressed import Compressed, gflops
 from tocom.errors import TocomError
 from tocom.files import Paths, checkpoint_files, listed, save_arrays, sha256
 from tocom.jobs import EvaluatedMethod, EvaluateJob
+from tocom.made import made
 from tocom.models import compress, family_of, load_model, pick_device
-from tocom.parts import Compensator, file_of_seed, kind_of, load_part, source_degree
+from tocom.parts import Compensator, Part, file_of_seed, kind_of, load_part, source_degree
 from tocom.settings import PLAIN, EvaluateSettings
 from tocom.tasks import Task, Validated, load_task
 from tocom.training import bar, make_deterministic
@@ -29,11 +30,20 @@ Record = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A method, how it is evaluated, and the compensator that it adds to a checkpoint, if it adds one."""
+    """A method, how it is evaluated, and the compensator that it adds to a checkpoint, if it adds one, and its file."""
 
     name: str
     how: EvaluatedMethod
     compensator: Compensator | None
+    file: Path | None = None
+
+
+@dataclass
+class Used:
+    """What took part in an evaluation beside checkpoints: compressors and compensators, and files of the latter."""
+
+    parts: list[Part] = field(default_factory=list)
+    files: dict[Path, None] = field(default_factory=dict)
 
 
 def evaluate(
@@ -68,13 +78,16 @@ def evaluate(
     files = checkpoint_files(checkpoints)
     cells, records = [], []
     total = len(files) * sum(len(how.infer_degrees) for how in job.methods.values())
+    used = Used()
     with bar(None, f"evaluate {task.name}", total=total) as progress:
         for path in files:
-            for cell, record in evaluate_checkpoint(path, task, job, compensators, progress):
+            for cell, record in evaluate_checkpoint(path, task, job, compensators, progress, used):
                 cells.append(cell)
                 records.append(record)
     arrays = {name: np.stack([record[name] for record in records]) for name in records[0]}
     about = {"kind": "predictions", "task": task.name, "backbone": job.backbone, "metric": task.metric, "cells": cells}
+    inputs = {"data": data, "checkpoint": files, "compensator": list(used.files)}
+    about["made"] = made(job, output, inputs, used.parts)
     save_arrays(output, arrays | task.labels(), about)
     return cells
 
@@ -87,7 +100,7 @@ def _method(
     files = listed(compensators[name])
     adapted = len(files) == 1 and files[0].is_dir()  # one for each checkpoint, named as it is
     file = files[0] / Path(checkpoint).name if adapted else file_of_seed(files, seed)
-    return Evaluated(name, how, load_part(file, "compensator"))
+    return Evaluated(name, how, load_part(file, "compensator"), file)
 
 
 def evaluate_checkpoint(
@@ -96,10 +109,14 @@ def evaluate_checkpoint(
     job: EvaluateJob,
     compensators: Mapping[str, Paths],
     progress: tqdm,
+    used: Used | None = None,
 ) -> list[tuple[dict[str, Any], Record]]:
     """Return the cells of a checkpoint with what is predicted in each; plain methods come first.
 
     A model that was trained at no one degree has no compensated cells.
+
+    Args:
+        used: is told what took part.
     """
     settings = job.settings
     model, meta = load_model(checkpoint)
@@ -119,6 +136,9 @@ def evaluate_checkpoint(
             check_compensator(checkpoint, meta, model, method.compensator)
     vit = compress(model.to(task.device), meta, meta["compressor"], source or 0)
     module = task.restore(vit, meta)
+    if used is not None:
+        used.parts += [vit.compressor, *(method.compensator for method in methods)]
+        used.files |= dict.fromkeys(method.file for method in methods if method.file is not None)
     run = {
         "compressor": meta["compressor"]["kind"].rpartition(":")[2],
         "train_degree": meta["train_degree"],

@@ -14,10 +14,12 @@ from tocom.compressed import Compressed
 from tocom.errors import TocomError
 from tocom.files import Paths, sha256, write_rows
 from tocom.jobs import FinetuneJob
+from tocom.made import made, seal
 from tocom.models import compress, family_of, load_fine_tuned, load_model, pick_device, save_model
 from tocom.parts import (
     Compressor,
     Tuning,
+    check_backbone,
     describe,
     described,
     file_of_seed,
@@ -76,6 +78,9 @@ def finetune(
         # Kept until all are there: a job that is killed before it is done makes the first ones again at once.
         for checkpoint in job.checkpoints:
             forget(run.state(checkpoint))
+        if distributed.is_main():
+            of_job = [run.output / checkpoint.file for checkpoint in job.checkpoints]
+            seal([file for path in of_job for file in (path, path.with_suffix(".csv")) if file.exists()], folder=True)
     return written
 
 
@@ -112,11 +117,13 @@ class _Run:
         """Return the file of the compressor's parameters for models of a seed, if it is one that is learned."""
         return file_of_seed(self.learned, seed) if self.learned else None
 
-    def compressor(self, model: nn.Module, seed: int) -> Compressor:
-        """Return the job's compressor for models of a seed."""
+    def compressor(self, model: nn.Module, about: dict, seed: int) -> Compressor:
+        """Return the job's compressor for models of a seed, on a backbone of which its metadata are given."""
         file = self.learned_with(seed)
         if file is not None:
-            return load_part(file, "compressor")
+            part = load_part(file, "compressor")
+            check_backbone(part, file, about["sha256"])
+            return part
         return make_part("compressor", self.job.compressor, family_of(model).shape_of(model), self.job.max_degree)
 
     def write(self, checkpoint: Checkpoint) -> dict:
@@ -124,6 +131,9 @@ class _Run:
         train = self.train if self.tuning.trains_anything else self.take_over
         module, vit, about, record = train(checkpoint)
         epochs = record.pop("epochs", None)
+        path = self.output / checkpoint.file
+        inputs = {"backbone": self.backbone, "data": self.data, "compressor": self.learned_with(checkpoint.seed)}
+        inputs["model"] = self.job.fine_tuned
         metadata = {
             "task": self.task.name,
             "group": self.task.group,
@@ -136,10 +146,10 @@ class _Run:
             "recipe": self.settings.recipe(),
             **self.task.about(self.settings),
             **record,
+            "made": made(self.job, path, inputs, [vit.compressor, self.tuning]),
         }
         if distributed.is_main():
             beside = {"compressor": vit.compressor} | self.task.beside(module)
-            path = self.output / checkpoint.file
             save_model(path, vit.model, about["architecture"], about["kwargs"], beside, **metadata)
             if epochs:
                 write_rows(epochs, path.with_suffix(".csv"))
@@ -155,7 +165,7 @@ class _Run:
         run_seed = derive_seed(seed, task.name, label)
         torch.manual_seed(derive_seed(run_seed, "initial weights"))
         tuning.prepare(model)
-        vit = compress(model, about, self.compressor(model, seed), source_degree(label) or 0).to(task.device)
+        vit = compress(model, about, self.compressor(model, about, seed), source_degree(label) or 0).to(task.device)
         module = task.module(vit, settings)
 
         def score() -> tuple[float, float]:
@@ -212,7 +222,7 @@ class _Run:
         task.check(model)
         torch.manual_seed(derive_seed(checkpoint.seed, task.name, label, "initial weights"))  # of the compressor
         reference = load_model(self.backbone)  # what a compressor takes from a model, it takes from the backbone
-        fitted = compress(*reference, self.compressor(model, checkpoint.seed)).compressor
+        fitted = compress(*reference, self.compressor(model, about, checkpoint.seed)).compressor
         vit = compress(model, about, fitted, degree).to(task.device)
         module = task.restore(vit, about)
         score = task.validate(module, SCORE_BATCH, self.settings.precision).score

@@ -19,8 +19,9 @@ from tocom.data.registry import pack_paths, pretraining_files, split_files
 from tocom.errors import TocomError
 from tocom.files import digest, sha256, write_rows
 from tocom.jobs import LearnJob
+from tocom.made import made, seal
 from tocom.models import check_classifier, compress, family_of, load_model, pick_device
-from tocom.parts import Objective, Part, describe, load_part, make_part, save_part
+from tocom.parts import Objective, Part, check_backbone, describe, load_part, make_part, save_part
 from tocom.seeds import derive_seed
 from tocom.settings import AdaptSettings, LearnSettings
 from tocom.stages.sources import SOURCES
@@ -151,6 +152,7 @@ def learn(
             compressor = make_part("compressor", job.compressor, shape, job.max_degree)
         else:
             compressor = load_part(learned, "compressor")
+            check_backbone(compressor, learned, about["sha256"])
         behind = [compress(model, about, compressor) for model in (teacher, student)]
         part: Part = compressor
         if job.compensator is not None:
@@ -178,8 +180,11 @@ def learn(
             **family.run_as(teacher),
             "seed": job.seed,
             "recipe": settings.recipe(),
+            "made": made(job, output, {"backbone": backbone, "compressor": learned}, [compressor, part]),
         }
         kept = keep(part, Path(output), described, trained)
+        if distributed.is_main():
+            seal([output, Path(output).with_suffix(".csv")])
         forget(output)
         return kept
 

@@ -8,6 +8,7 @@ import torch
 
 from tocom import distributed
 from tocom.jobs import PretrainJob
+from tocom.made import made
 from tocom.models import create, family_of, pick_device, save_model
 from tocom.parts import describe, draw_degree
 from tocom.seeds import derive_seed
@@ -77,10 +78,10 @@ def pretrain(job: PretrainJob, output: str | os.PathLike) -> dict:
             source.figure: by_degree,
             "figure": source.figure,
             "data": source.name,
-            "minutes": round(record["seconds"] / 60, 1),
+            "made": made(job, output, {}, [wrapped.compressor]),
         }
         if distributed.is_main():
             save_model(output, model, job.architecture, kwargs, **metadata)
         distributed.wait_for_all()
         forget(output)
-        return metadata
+        return metadata | {"minutes": round(record["seconds"] / 60, 1)}  # not in the file: no run takes as long again
