@@ -23,7 +23,7 @@ from tocom.data.images import Resize
 from tocom.data.own import OPTIONS, OwnOptions
 from tocom.data.registry import TASKS, groups_of, kind_of_task
 from tocom.errors import TocomError, suggest
-from tocom.files import read_yaml
+from tocom.files import parse_json, read_yaml
 from tocom.methods import DEFAULTS
 from tocom.parts import check_options, part_class, source_degree
 from tocom.settings import (
@@ -40,6 +40,7 @@ from tocom.settings import (
     Settings,
     ThroughputSettings,
     explain,
+    shortened,
 )
 
 #: What a method may set for itself.
@@ -874,6 +875,6 @@ def read_mapping(text: str) -> dict[str, Any]:
     if not text.lstrip().startswith("{"):
         return read_config(text)
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise TocomError(f"{text!r} is no JSON ({error}); give JSON or a YAML file") from None
+        return parse_json(text)
+    except ValueError as error:
+        raise TocomError(f"{shortened(text)} is no JSON ({error}); give JSON or a YAML file") from None

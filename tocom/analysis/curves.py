@@ -12,6 +12,7 @@ import pandas as pd
 from tocom.analysis.cells import checked
 from tocom.analysis.run import Run
 from tocom.errors import TocomError
+from tocom.files import read_rows
 from tocom.methods import ROLES
 
 #: Columns of such a file, a row an epoch: loss of the training, held_out: what the best epoch is chosen by.
@@ -40,7 +41,7 @@ class Curve:
 
     def read(self) -> pd.DataFrame:
         """Return its columns by epoch."""
-        return checked(pd.read_csv(self.file), COLUMNS, self.file).set_index("epoch")
+        return checked(read_rows(self.file), COLUMNS, self.file).set_index("epoch")
 
 
 def curves(run: Run, backbone: str) -> list[Curve]:

@@ -26,7 +26,7 @@ from tocom.analysis.planned import (
     train_degrees,
 )
 from tocom.analysis.published import Published, read_published
-from tocom.files import load_metadata
+from tocom.files import load_metadata, read_rows
 from tocom.settings import GFLOPS, PLAIN
 
 if TYPE_CHECKING:
@@ -40,6 +40,20 @@ _COSTS = (
 #: What of it may not be known.
 _UNKNOWN = ("images", "labels", "steps")
 _TRANSFER = ("backbone", "method", "source_task", "target_task", "seed", "train_degree", "infer_degree", "accuracy")
+#: Columns of numbers that tables and figures need.
+_NUMBERS = (
+    "score",
+    "score_before",
+    "score_after",
+    "score_matched",
+    "gain",
+    "loss",
+    "cost",
+    "low",
+    "high",
+    "p",
+    "ratio",
+)
 #: Two methods that are compared: before and after.
 Compared = tuple[str, str]
 
@@ -287,7 +301,8 @@ def _read(path: Path, columns: Sequence[str], **options) -> pd.DataFrame:
     """Return a tidy table, or an empty one with these columns if the file is missing."""
     if not path.is_file():
         return pd.DataFrame(columns=list(columns))
-    return checked(pd.read_csv(path, dtype=TEXT, **options), columns, path)
+    numbers = [name for name in columns if name in _NUMBERS]
+    return checked(read_rows(path, numbers, dtype=TEXT, **options), columns, path)
 
 
 def primary(run: Run, backbone: str | None = None) -> tuple[Endpoint, Pair] | None:
