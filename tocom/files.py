@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 from tocom.errors import TocomError
 
+_log = logging.getLogger(__name__)
 #: One file, or several.
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 #: First bytes of the formats that hide code: zip (torch.save), pickle protocols 2 to 5.
@@ -67,6 +69,38 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def alone(path: str | os.PathLike, busy: str, wait: bool = True) -> Iterator[None]:
+    """Hold a lock for the block, which the system frees however the process ends; the file is gone afterwards.
+
+    Args:
+        path: the file of the lock. busy: what is said while another process holds it. wait: until it is free.
+
+    Raises:
+        TocomError: another process holds it, and ``wait`` is off.
+    """
+    from filelock import FileLock, Timeout
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except NotImplementedError:  # a file system without locks
+        _log.warning("%s: no locks here; do not start the same work twice at once", path.parent)
+    except Timeout:
+        if not wait:
+            raise TocomError(busy) from None
+        _log.warning("%s", busy)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        # Removed while it is held: whoever waits for the removed file notices that and takes a new one.
+        path.unlink(missing_ok=True)
+        lock.release()
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

@@ -277,6 +277,8 @@ class TaskEntry(OwnOptions):
     def _known_or_own(self):
         if self.group in RESERVED_GROUPS:
             raise ValueError(f"task {self.name!r}: tables make the group {self.group!r} themselves; give another name")
+        if self.group.startswith(("=", "+", "-", "@")):
+            raise ValueError(f"task {self.name!r}: group {self.group!r} would be a formula in a spreadsheet; rename it")
         if self.kind is None and "group" in self.model_fields_set:
             raise ValueError(f"task {self.name!r}: group is for your own images; this task has its group")
         if "root" in self.data:
@@ -448,6 +450,8 @@ class Study(Settings):
         for name in [self.study, *(b.name for b in self.backbones), *self.task_names, *self.methods]:
             if not NAME.fullmatch(name):
                 raise ValueError(f"{name!r} cannot name a folder: use letters, digits, '_' and '.'")
+            if len(name) > 100:
+                raise ValueError(f"{name[:30]!r}... cannot name a folder: use 100 letters at most")
         listed = {what: getattr(self, what) for what in ("backbones", "tasks", "compare", *OWN)}
         for name, method in self.methods.items():
             listed |= {f"method {name!r}: {what}": getattr(method, what) or () for what in OWN}
@@ -457,6 +461,13 @@ class Study(Settings):
                 raise ValueError(f"{what} lists something twice: {values}")
         if PLAIN in self.methods:
             raise ValueError(f"no method can be called {PLAIN!r}, which tables call a cell without a compensator")
+        paths = {"data.root": self.data.root}
+        paths |= {f"backbone {it.name!r}: checkpoint": it.checkpoint for it in self.backbones if it.checkpoint}
+        for what, path in paths.items():
+            if re.search(r"[{}\x00-\x1f\x7f]", path):
+                raise ValueError(
+                    f"{what} {path!r}: Snakemake takes no path with braces or control characters; rename it"
+                )
         if self.store is not None and not all(NAME.fullmatch(part) for part in self.store.strip("/").split("/")):
             raise ValueError(f"store {self.store!r}: use letters, digits, '_' and '.' between slashes")
 
