@@ -6,6 +6,7 @@ no member is written through a link or over another one, and no more bytes come 
 
 from __future__ import annotations
 
+import errno
 import lzma
 import os
 import re
@@ -20,7 +21,10 @@ from pathlib import Path, PurePosixPath
 from tocom.errors import TocomError
 
 _ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
-_CORRUPT = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, NotImplementedError, ValueError)
+_CORRUPT = (
+    *(tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, NotImplementedError, ValueError),
+    MemoryError,  # LZMA's header says how much it takes
+)
 #: Most bytes of a tar's header on a member, and of a member's name; most members, besides one for so many bytes.
 _HEADER, _NAME, _MEMBERS, _BYTES_EACH = 1 << 20, 1_000, 10_000, 50
 _LONG_HEADERS = (
@@ -113,7 +117,8 @@ def unpack(archive: Path, folder: Path, max_bytes: int, advance: Callable[[int],
     except _CORRUPT as error:
         reason = f"is corrupt, or not what its ending says ({' '.join(str(error).split()) or type(error).__name__})"
     except OSError as error:
-        if error.errno is not None:  # bz2 and gzip report damage as an OSError without a number; not the system's
+        # bz2 and gzip report damage as an OSError without a number; EINVAL: zipfile was sent to before the beginning.
+        if error.errno not in (None, errno.EINVAL):
             raise
         reason = f"is corrupt ({error})"
     else:

@@ -66,7 +66,7 @@ def read_mat(path: Path, *names: str) -> tuple[np.ndarray, ...]:
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 
-    with reading(path, MatReadError, zlib.error, struct.error, NotImplementedError, MemoryError):
+    with reading(path, MatReadError, zlib.error, struct.error, NotImplementedError, MemoryError, NameError):
         content = loadmat(io.BytesIO(_unpacked(path)), squeeze_me=True, variable_names=list(names))
         return tuple(np.atleast_1d(content[name]) for name in names)
 
