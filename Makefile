@@ -3,12 +3,13 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
 CORES ?= all
+FUZZ ?= 400
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 
-.PHONY: reproduce console check test slow studies lock reference backbone clean help
+.PHONY: reproduce console check test slow fuzz studies lock reference backbone clean help
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -46,6 +47,9 @@ test: check  ## Run every check and every test but the slow ones: check, and the
 
 slow: $(VENV)/.test  ## Run what is slow by nature: kills of the workflow, a real Slurm, a fake Kubernetes
 	pytest -m slow
+
+fuzz: $(VENV)/.test  ## Try FUZZ new inputs on every reader of files; the table is results/fuzz/fuzz.md
+	FUZZ=$(FUZZ) pytest -s tests/test_fuzz.py
 
 lock:  ## Pin the newest versions that requirements/*.in allow
 	for name in bootstrap run test; do \

@@ -28,7 +28,7 @@ from tocom.data.families import ade20k
 from tocom.data.listing import SPLITS, Items, Listing
 from tocom.errors import TocomError, suggest
 from tocom.files import atomic, read_rows, write_text
-from tocom.settings import Positive, Settings, explain, shortened
+from tocom.settings import Positive, Settings, explain
 
 Split = Literal["train", "val", "test"]
 
@@ -325,9 +325,7 @@ def _read_table(path: Path, columns: tuple[str, ...]):
                 if name == "split"
                 else "name yours with `image_column:` and `label_column:`"
             )
-            raise TocomError(
-                f"{path} has no column {name!r} but {shortened(', '.join(table.columns))}; add one, or {fix}"
-            )
+            raise TocomError(f"{path} has no column {name!r} but {', '.join(table.columns)[:300]}; add one, or {fix}")
     table = table[list(columns)].apply(lambda column: column.str.strip())
     for name in columns:
         if (table[name] == "").any():
