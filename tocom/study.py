@@ -848,8 +848,8 @@ def read_config(path: str | os.PathLike, within: tuple[str, ...] = ()) -> dict[s
         config = read_yaml(path)
     except FileNotFoundError:
         raise TocomError(f"no such config: {path}; see config/ for those that ship") from None
-    except OSError as error:
-        raise TocomError(f"cannot read {path}: {error.strerror}; give a YAML file") from None
+    except (OSError, ValueError) as error:
+        raise TocomError(f"cannot read {path}: {getattr(error, 'strerror', error)}; give a YAML file") from None
     if not isinstance(config, dict):
         raise TocomError(f"{path} is empty or not a mapping; start from config/demo.yaml")
     return extended(config, (*within, os.path.realpath(path)))

@@ -26,7 +26,7 @@ _CORRUPT = (
     MemoryError,  # LZMA's header says how much it takes
 )
 #: Most bytes of a tar's header on a member, and of a member's name; most members, besides one for so many bytes.
-_HEADER, _NAME, _MEMBERS, _BYTES_EACH = 1 << 20, 1_000, 10_000, 50
+_HEADER, _NAME, _MEMBERS, _BYTES_EACH = 1 << 20, 1_000, 1_000, 50
 _LONG_HEADERS = (
     *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
     *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
