@@ -3,12 +3,13 @@ SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 PYTHON ?= python3
 CORES ?= all
+FUZZ ?= 400
 VENV := .venv
 BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 
-.PHONY: reproduce console check test slow gpu faults studies lock reference backbone clean help
+.PHONY: reproduce console check test slow gpu fuzz faults studies lock reference backbone clean help
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -49,6 +50,9 @@ slow: $(VENV)/.test  ## Run what is slow by nature: kills of the workflow, a rea
 
 gpu: $(VENV)/.test  ## Run what needs a GPU: every part and every stage on one
 	pytest -m gpu
+
+fuzz: $(VENV)/.test  ## Try FUZZ new inputs on every reader of files; the table is results/fuzz/fuzz.md
+	FUZZ=$(FUZZ) pytest -s tests/test_fuzz.py
 
 faults: $(VENV)/.test  ## Run the demo, scaled down, through some 60 faults, and compare with an undisturbed run
 	python -m tests.workflow.faults --output results/faults

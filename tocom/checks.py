@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from itertools import product
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tocom.bundled import resolve
 from tocom.data.catalogue import read_catalogue
 from tocom.data.registry import listing_of
 from tocom.errors import TocomError, suggest
+from tocom.files import alone
 from tocom.study import Study, TaskEntry, read_study
 
 
@@ -29,6 +31,30 @@ def check_study(study: Study) -> None:
             found += _bad_images(study, task)
     if found:
         raise TocomError(f"study {study.study!r}: " + "; ".join(found))
+
+
+def claim(studies: Iterable[Study], stores: bool) -> ExitStack:
+    """Keep other runs, wherever they were started, from making the same files until what is returned is closed.
+
+    Snakemake itself tells runs in one folder apart. Others may share a store, or a results folder by a link; each would
+    delete what the other is about to read, before it makes it again.
+
+    Args:
+        stores: whether backbones and learned parts are made, and not read alone.
+
+    Raises:
+        TocomError: another run holds one of the folders.
+    """
+    studies = list(studies)
+    folders = {study.root for study in studies} | {study.store_folder for study in studies if stores}
+    with ExitStack() as claimed:
+        for folder in sorted(folders):
+            busy = (
+                f"another run makes files in {folder}; start this one again when it has ended, or run both studies as"
+                " one, with --config 'configs=[ONE.yaml,OTHER.yaml]'"
+            )
+            claimed.enter_context(alone(folder / ".lock", busy, wait=False))
+        return claimed.pop_all()
 
 
 def _other_reference(study: Study) -> Iterator[str]:

@@ -435,7 +435,12 @@ def main() -> None:
     try:
         app()
     except TocomError as error:
-        print(f"tocom: error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"tocom: error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:  # such as a path that is too long, or one that may not be read
+        if error.filename is None:
+            raise
+        print(f"tocom: error: {TocomError(f'{error.filename}: {error.strerror}; check the path')}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -29,6 +29,11 @@ GO_ON = "To go on, give the same command again: what is finished is kept, a trai
 #: Errors of Snakemake's that the line of the failed job and the end say better; what it says when it is told to stop.
 REPEATED = ("CalledProcessError", "Look above for error messages", "At least one job did not complete")
 STOPPING = ("Terminating processes on user request", "Will exit after finishing")
+#: What is said in place of Snakemake's four lines on its lock.
+LOCKED = (
+    "another run in this folder makes the same files; wait for it or stop it. If there is none, one was killed:"
+    " give the same command once with --unlock after it, then again without"
+)
 #: Marks of the line with which a training says that it was resumed, and of one that says what went wrong.
 RESUMED, ERROR = " goes on after ", "tocom: error: "
 #: Wildcards that say where files are, not what is done.
@@ -190,13 +195,14 @@ class Console(logging.Handler):
             event, text = getattr(record, "event", None), record.getMessage()
             self.started |= event == LogEvent.WORKFLOW_STARTED
             ours = re.match(r'WorkflowError in file ".*common\.smk", line \d+:\n(.*)\n\s+File "', text)
-            if ours:
-                self.say(ERROR + ours[1], style="red")
+            locked = text.startswith("LockException")
+            if ours or locked:
+                self.say(ERROR + (LOCKED if locked else ours[1]), style="red")
             elif self.own is not None and not (self.speaks and self.started):
                 self.own.handle(record)
             if action := getattr(self, f"_{event}", None):
                 action(record)
-            elif self.started and not ours and event in (None, LogEvent.ERROR):
+            elif self.started and not (ours or locked) and event in (None, LogEvent.ERROR):
                 self._message(record.levelno, text)
         except Exception:
             self.handleError(record)
@@ -220,6 +226,11 @@ class Console(logging.Handler):
         elif level >= logging.WARNING and not any(words in text for words in REPEATED):
             self.errors += [text] if level >= logging.ERROR else []
             self._tell(text.strip(), style="red" if level >= logging.ERROR else "yellow")
+
+    @property
+    def made_in_stores(self) -> bool:
+        """Whether this run makes something that studies share."""
+        return any(self.jobs[rule] for rule in ("import_backbone", "pretrain_backbone", "learn"))
 
     def _run_info(self, record: Any) -> None:
         self.jobs = Counter({rule: n for rule, n in record.stats.items() if rule not in ("total", "all")})

@@ -4,8 +4,14 @@
 class TocomError(Exception):
     """A problem with what the user gave: one line that names the cause and the fix.
 
-    The command line prints it without a traceback and exits with status 1.
+    The command line prints it without a traceback and exits with status 1. What it quotes of files and their names
+    cannot break the line, nor reach a terminal as control characters.
     """
+
+    def __str__(self) -> str:
+        """Return it on one line."""
+        text = " ".join(super().__str__().split())
+        return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def suggest(word: str, known) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import tempfile
@@ -15,6 +16,7 @@ from typing import Any, BinaryIO
 
 from tocom.errors import TocomError
 
+_log = logging.getLogger(__name__)
 #: One file, or several.
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
 #: First bytes of the formats that hide code: zip (torch.save), pickle protocols 2 to 5.
@@ -114,58 +116,135 @@ def atomic(path: str | os.PathLike) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def alone(path: str | os.PathLike, busy: str, wait: bool = True) -> Iterator[None]:
+    """Hold a lock for the block, which the system frees however the process ends; the file is gone afterwards.
+
+    Args:
+        path: the file of the lock. busy: what is said while another process holds it. wait: until it is free.
+
+    Raises:
+        TocomError: another process holds it, and ``wait`` is off.
+    """
+    from filelock import FileLock, Timeout
+
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except NotImplementedError:  # a file system without locks
+        _log.warning("%s: no locks here; do not start the same work twice at once", path.parent)
+    except Timeout:
+        if not wait:
+            raise TocomError(busy) from None
+        _log.warning("%s", busy)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        # Removed while it is held: whoever waits for the removed file notices that and takes a new one.
+        path.unlink(missing_ok=True)
+        lock.release()
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write ``text`` to ``path``, all of it or nothing."""
     with atomic(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
-#: Most values that a YAML file may stand for once its aliases are written out: it is a config, not data.
-_YAML_VALUES = 100_000
+#: Most bytes that a YAML file may have, and most values that it may stand for once its aliases are written out: it is a
+#: config, not data.
+_YAML_BYTES, _YAML_VALUES = 1 << 20, 100_000
 
 
 def read_yaml(path: str | os.PathLike) -> Any:
     """Read a YAML file.
 
     Raises:
-        TocomError: it is no YAML, names a key twice (of which YAML would drop the first), or its aliases stand for more
-            than any config needs. OSError: it cannot be read.
+        TocomError: it is no YAML, names a key twice (of which YAML would drop the first), is larger or stands for more
+            (by its aliases) than any config, or holds what no setting is: a number of more than 64 bits, a zero byte.
+            OSError: it cannot be read.
     """
     import yaml
 
-    text = Path(path).read_bytes()
+    with Path(path).open("rb") as stream:
+        text = stream.read(_YAML_BYTES + 1)
+    if len(text) > _YAML_BYTES:
+        raise TocomError(f"{path} has more than {_YAML_BYTES:,} bytes, which no config needs; give a YAML file")
     try:
         loader = _yaml_loader()(text.decode("utf-8"))
         try:
             value = loader.get_single_data()
         finally:
             loader.dispose()
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        if _size(value, {}) > _YAML_VALUES:
+            raise TocomError(f"{path} stands for more than {_YAML_VALUES:,} values; write it without so many aliases")
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # bytes that are no text are a ValueError
         raise TocomError(f"{path} is not YAML: {' '.join(str(error).split())[:300]}") from None
-    if _size(value, {}) > _YAML_VALUES:
-        raise TocomError(f"{path} stands for more than {_YAML_VALUES:,} values; write it without so many aliases")
     return value
 
 
+def parse_json(text: str) -> Any:
+    """Return what JSON stands for.
+
+    Raises:
+        ValueError: it is none, names a key twice (of which JSON would drop the first), is nested too deep, or holds
+            what no setting is: a number of more than 64 bits, a zero byte.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=_once_each)
+        _size(value, {})
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    return value
+
+
+def _once_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in found if names.count(name) > 1)!r} is given twice")
+    return found
+
+
 def _size(value: Any, known: dict[int, int]) -> int:
-    """Return how many values one is made of, its aliases written out; one that holds itself is endless."""
+    """Return how many values one is made of, its aliases written out; one that holds itself is endless.
+
+    Raises:
+        ValueError: one of them is a text with a zero byte, which ends a path early, or a number beyond 64 bits.
+    """
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError("a text has a zero byte in it")
+    if isinstance(value, int) and value.bit_length() > 63:
+        raise ValueError(f"a number of {value.bit_length():,} bits is no setting")
     if not isinstance(value, dict | list):
         return 1
     if id(value) not in known:
         known[id(value)] = _YAML_VALUES  # until it is known: a value that holds itself stays too large
-        parts = value.values() if isinstance(value, dict) else value
+        parts = [*value.keys(), *value.values()] if isinstance(value, dict) else value
         known[id(value)] = 1 + sum(_size(part, known) for part in parts)
     return known[id(value)]
 
 
 def _yaml_loader() -> type:
-    """Return a safe loader that refuses a key given twice."""
+    """Return a safe loader that refuses a key given twice or no plain text, and merging (<<) without end."""
     import yaml
 
     class Loader(yaml.SafeLoader):
+        def flatten_mapping(self, node):
+            super().flatten_mapping(node)
+            if len(node.value) > _YAML_VALUES:
+                raise yaml.constructor.ConstructorError(
+                    None, None, "it merges too much into a mapping", node.start_mark
+                )
+
         def construct_mapping(self, node, deep=False):
             seen = set()
             for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    raise yaml.constructor.ConstructorError(None, None, "a key is no plain text", key.start_mark)
                 if key.tag != "tag:yaml.org,2002:merge" and key.value in seen:
                     raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} is given twice", key.start_mark)
                 seen.add(str(key.value))
@@ -179,6 +258,41 @@ def write_rows(rows: Sequence[dict], path: str | os.PathLike) -> None:
     import pandas as pd
 
     write_text(path, pd.DataFrame(rows).to_csv(index=False, lineterminator="\n"))
+
+
+def read_rows(path: str | os.PathLike, numbers: Sequence[str] = (), **options: Any) -> Any:
+    """Read CSV in UTF-8, with or without a byte order mark, as a pandas frame.
+
+    Args:
+        numbers: columns that hold numbers, as far as they are there. options: of :func:`pandas.read_csv`.
+
+    Raises:
+        TocomError: it is missing, no CSV, has a column twice, or text where numbers have to be.
+    """
+    import csv
+    import io
+
+    import pandas as pd
+
+    path = Path(path)
+    if not path.is_file():
+        raise TocomError(f"no such file: {path}; check the path, or run the stage that makes it")
+    content = path.read_bytes()
+    try:
+        if b"\0" in content:
+            raise ValueError("it has a zero byte in it")
+        frame = pd.read_csv(io.BytesIO(content), encoding="utf-8-sig", **options)
+        header = [name.strip() for name in next(csv.reader(io.StringIO(content.decode("utf-8-sig"))))]
+    except (ValueError, csv.Error) as error:  # pandas' own errors and those of decoding are ValueErrors
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".;")
+        raise TocomError(f"{path} is not a readable CSV ({reason}); save it as UTF-8 with commas") from None
+    for name in header:
+        if name and header.count(name) > 1:
+            raise TocomError(f"{path} has the column {name!r} twice; rename or remove one")
+    for name in numbers:
+        if len(frame) and name in frame.columns and frame[name].dtype.kind not in "iuf":
+            raise TocomError(f"{path} has text in the column {name!r}, which holds numbers; mend it or make it again")
+    return frame
 
 
 def save_tensors(path: str | os.PathLike, tensors: dict, metadata: dict[str, Any] | None = None) -> None:
@@ -256,9 +370,10 @@ def _read(
             if check and checksum is not None:
                 _check_tensors(path, checksum)
             return {name: file.get_tensor(name) for name in file.keys() if keep}, metadata  # noqa: SIM118, no dict
-    except (SafetensorError, ValueError) as error:
+    # TypeError, AttributeError: a type of numbers that NumPy has not
+    except (SafetensorError, ValueError, TypeError, AttributeError, MemoryError) as error:
         _refuse_pickle(path)
-        reason = str(error).splitlines()[0]
+        reason = (str(error).splitlines() or ["it takes too much memory"])[0]
         raise TocomError(f"{path} is corrupt or not a safetensors file ({reason}); {again(path)}") from None
 
 
@@ -282,9 +397,25 @@ def _decode(text: dict[str, str]) -> tuple[dict[str, Any], str | None]:
         raise ValueError("the hash of its metadata is gone")
     metadata = dict(text)
     for key, value in text.items():
-        with contextlib.suppress(json.JSONDecodeError):
+        try:
             metadata[key] = json.loads(value)
+        except json.JSONDecodeError:
+            continue
+        except RecursionError:
+            raise ValueError(f"its metadata are nested too deep: {key}") from None
     return metadata, of_tensors
+
+
+@contextlib.contextmanager
+def understood(path: str | os.PathLike) -> Iterator[None]:
+    """Turn what goes wrong where metadata are not in the form in which this version writes them into one line."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+        lacks = f"they lack {error}" if isinstance(error, KeyError) else str(error).splitlines()[0][:200]
+        raise TocomError(
+            f"{path} holds metadata that this version cannot read ({lacks}); make it again, or take it from its source"
+        ) from None
 
 
 def _refuse_pickle(path: Path) -> None:
@@ -345,8 +476,44 @@ def sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def refuse_bomb(path: str | os.PathLike) -> None:
+    """Refuse a zip, as torch.save and np.savez write, that unpacks to far more than weights ever do; or no file at all.
+
+    Raises:
+        TocomError: it is one, or there is no such file.
+    """
+    import zipfile
+
+    path = Path(path)
+    if not path.is_file():  # a pipe would wait for ever
+        raise TocomError(f"no such file: {path}; check the path")
+    try:
+        if not zipfile.is_zipfile(path):
+            return
+        with zipfile.ZipFile(path) as zipped:
+            size = sum(member.file_size for member in zipped.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError):
+        return  # it is for the one who reads it to say what is wrong
+    if size > 8 * path.stat().st_size + (1 << 20):
+        raise TocomError(f"{path} is refused: {path.stat().st_size:,} bytes unpack to {size:,}; save it uncompressed")
+
+
+def check_plain(tensors: dict, path: str | os.PathLike) -> None:
+    """Raise TocomError if a torch tensor that was read from ``path`` is no array of the numbers that are in it."""
+    import torch
+
+    numbers = torch.float64, torch.float32, torch.float16, torch.bfloat16
+    for name, tensor in tensors.items():
+        plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+        plain = plain and (tensor.dtype in numbers or not tensor.is_floating_point())
+        # One number that stands for any number of them takes no room until it is used.
+        if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise TocomError(f"{path} is refused: {name} is no plain tensor; save it dense and contiguous, on the CPU")
+
+
 def check_finite(tensors: dict, path: str | os.PathLike) -> None:
-    """Raise TocomError if a torch tensor that was read from ``path`` holds NaN or infinity."""
+    """Raise TocomError if a torch tensor that was read from ``path`` is not plain, or holds NaN or infinity."""
+    check_plain(tensors, path)
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise TocomError(f"{path} holds NaN or infinite values ({name}); what made it has failed: use another")

@@ -17,6 +17,7 @@ from tocom.bundled import resolve
 from tocom.data.catalogue import owner_of, read_catalogue
 from tocom.data.listing import TaskKind
 from tocom.errors import TocomError
+from tocom.files import parse_json
 from tocom.methods import DEFAULTS, ROLES
 from tocom.parts import described
 from tocom.settings import (
@@ -30,6 +31,7 @@ from tocom.settings import (
     Settings,
     ThroughputSettings,
     explain,
+    shortened,
 )
 from tocom.study import (
     FINETUNE,
@@ -231,9 +233,11 @@ def read_job(kind: type[S], text: str = "{}", changes: Iterable[str] = ()) -> S:
 
 def _value(text: str) -> Any:
     try:
-        return json.loads(text)
+        return parse_json(text)
     except json.JSONDecodeError:
         return text
+    except ValueError as error:
+        raise TocomError(f"--set ...={shortened(text)}: {error}; give a plain value") from None
 
 
 def read_studies(paths: Iterable[str | os.PathLike]) -> list[Study]:
@@ -277,8 +281,13 @@ class Plan:
         """Return the plan of what Snakemake was given: one study, or ``configs``, a list of their files."""
         if "configs" not in config:
             return cls({"config": config})
-        if not isinstance(config["configs"], list | tuple) or not config["configs"]:
-            raise TocomError(f"configs = {config['configs']!r}: give a list of the studies' files")
+        files = config["configs"]
+        if (
+            not isinstance(files, list | tuple)
+            or not files
+            or not all(isinstance(file, str | os.PathLike) for file in files)
+        ):
+            raise TocomError(f"configs = {shortened(files)}: give a list of the studies' files")
         return cls({path: read_config(path) for path in config["configs"]})
 
     def _add_store(self, study: Study) -> None:

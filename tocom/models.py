@@ -19,7 +19,7 @@ from tocom import lm
 from tocom.bundled import resolve
 from tocom.compressed import Compressed
 from tocom.errors import TocomError, suggest
-from tocom.files import check_finite, digest, load_metadata, load_tensors, save_tensors
+from tocom.files import check_finite, digest, load_metadata, load_tensors, refuse_bomb, save_tensors, understood
 from tocom.files import sha256 as sha256_of
 from tocom.folding import is_folded
 from tocom.gpus import claim
@@ -173,12 +173,15 @@ def load_model(checkpoint: str | os.PathLike, num_classes: int | None = None, **
     tensors, meta = load_tensors(path)
     if meta.get("kind") != "model":
         raise TocomError(f"{path} holds {meta.get('kind', 'something else')}, not a model; check the path")
-    if digest(tensors) != meta["sha256"]:
-        raise TocomError(f"{path} is corrupt: its weights do not match their hash; make or fetch it again")
     check_finite(tensors, path)
-    model = create(meta["architecture"], meta["kwargs"] | overrides)
-    if "tuning" in meta:
-        make_part("tuning", meta["tuning"]).restore(model)
+    with understood(path):
+        if digest(tensors) != meta["sha256"]:
+            raise TocomError(f"{path} is corrupt: its weights do not match their hash; make or fetch it again")
+        architecture, kwargs = str(meta["architecture"]), dict(meta["kwargs"])
+        _check_declared(path, architecture, kwargs, tensors)
+        model = create(architecture, kwargs | overrides)
+        if "tuning" in meta:
+            make_part("tuning", meta["tuning"]).restore(model)
     own, meta["beside"] = _separated(tensors)
     try:
         model.load_state_dict(own)
@@ -192,6 +195,20 @@ def load_model(checkpoint: str | os.PathLike, num_classes: int | None = None, **
                 nn.init.zeros_(head.weight)
                 nn.init.zeros_(head.bias)
     return model.eval(), meta
+
+
+def _check_declared(path: Path, architecture: str, kwargs: dict, tensors: dict[str, Tensor]) -> None:
+    """Refuse a checkpoint whose metadata describe a model that is far larger than its weights, before it is built."""
+    numbers = [value for value in kwargs.values() if isinstance(value, int | float)]
+    depth = max([value for key, value in kwargs.items() if key in ("depth", "num_hidden_layers")], default=0)
+    longest = max((side for value in tensors.values() for side in value.shape), default=0)
+    larger = depth > len(tensors)
+    if not larger and max(numbers, default=0) > 4 * longest:  # few are: to build it without memory takes its time
+        with torch.device("meta"):
+            built = sum(value.numel() for value in create(architecture, kwargs).parameters())
+        larger = built > 2 * sum(value.numel() for value in tensors.values())
+    if larger:
+        raise TocomError(f"{path} describes a model that is far larger than its weights; take it from its source again")
 
 
 def _separated(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, dict[str, Tensor]]]:
@@ -425,8 +442,7 @@ def _build(
     path: Path, architecture: str, kwargs: dict, num_classes: int | None, expected: str | None, ema: bool
 ) -> tuple[nn.Module, str]:
     """Build a model with a file's weights, all of them; return it with the file's SHA-256."""
-    if not path.is_file():
-        raise TocomError(f"no such file: {path}; check the path to the weights")
+    refuse_bomb(path)
     hashed = sha256_of(path)
     if expected is not None and hashed != expected.lower():
         raise TocomError(f"{path} has SHA-256 {hashed}, not {expected}; fetch it again or correct the hash")
@@ -520,7 +536,7 @@ def _read_weights(path: Path, ema: bool) -> dict[str, Tensor]:
 def _classes(state: dict[str, Tensor], architecture: str) -> int:
     """Return for how many classes the weights have a classifier, 0 if they have none."""
     if "head.weight" in state:
-        return len(state["head.weight"])
+        return len(state["head.weight"]) if state["head.weight"].ndim else 0
     if "patch_embed.proj.weight" in state:
         return 0
     cfg = get_pretrained_cfg(architecture)  # a layout that timm converts: what it converts to, its registry says

@@ -7,10 +7,13 @@ these base classes and no part by name.
 
 from __future__ import annotations
 
+import ast
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
@@ -21,7 +24,7 @@ from torch.nn import functional as F
 
 from tocom.degrees import Degree, counts, limit, token_counts
 from tocom.errors import TocomError, suggest
-from tocom.files import Paths, check_finite, digest, listed, load_metadata, load_tensors, save_tensors
+from tocom.files import Paths, check_finite, digest, listed, load_metadata, load_tensors, save_tensors, understood
 from tocom.methods import PARTS
 from tocom.settings import GFLOPS, DegreeSettings, Settings, explain
 
@@ -497,12 +500,40 @@ def part_class(role: str, kind: str) -> type[Part]:
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # where a study is run is where its own code is
     try:
+        if kind not in known and module not in sys.modules and not _defines(module, name):
+            raise ImportError(f"{module} has no class {name!r}, so it is not run")
         found = getattr(import_module(module), name, None)
-    except ImportError as error:
-        raise TocomError(f"{role} {kind!r} cannot be imported ({error}); check the module's name and place") from None
+    except (Exception, SystemExit) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise TocomError(f"{role} {kind!r} cannot be imported ({reason}); check the module's name and place") from None
     if not (isinstance(found, type) and issubclass(found, Part) and found.role == role):
         raise TocomError(f"{kind!r} is no {role}: give a subclass of tocom.parts.{role.capitalize()}")
     return found
+
+
+def _defines(module: str, name: str) -> bool:
+    """Return whether a module's source has a class of that name, or imports it; neither it nor its packages are run.
+
+    Files of weights name their parts, too: without this, one that came from elsewhere could have any script run that
+    happens to lie where Python looks for modules.
+
+    Raises:
+        ImportError: there is no such module. SyntaxError, ValueError: it is no Python source.
+    """
+    path, spec = None, None
+    for place in accumulate(module.split("."), "{}.{}".format):
+        finders = (finder for finder in sys.meta_path if hasattr(finder, "find_spec"))
+        spec = next(filter(None, (finder.find_spec(place, path) for finder in finders)), None)
+        if spec is None:
+            raise ImportError(f"No module named {place!r}")
+        path = spec.submodule_search_locations or []
+    source = getattr(spec.loader, "get_source", lambda _: None)(module)
+    for node in ast.walk(ast.parse(source or "")):
+        if isinstance(node, ast.ClassDef) and node.name == name:
+            return True
+        if isinstance(node, ast.ImportFrom) and name in [alias.asname or alias.name for alias in node.names]:
+            return True
+    return False
 
 
 def make_part(role: str, spec: str | dict[str, Any] | Part, shape: Shape | None = None, max_degree: int = 0) -> Any:
@@ -577,19 +608,23 @@ def load_part(path: Any, role: str) -> Any:
         raise TocomError(f"{path} holds {about.get('kind', 'something else')}, not a {role}; check the path")
     if about.get("format") != FORMAT:
         raise TocomError(f"{path} was written by another version; learn or import it again")
-    if digest(tensors) != about["sha256"]:
-        raise TocomError(f"{path} is corrupt: its parameters do not match their hash; make it again")
     check_finite(tensors, path)
-    part = make_part(role, about["part"], Shape(*about["shape"]) if about["shape"] else None, about["max_degree"])
+    with understood(path):
+        if digest(tensors) != about["sha256"]:
+            raise TocomError(f"{path} is corrupt: its parameters do not match their hash; make it again")
+        shape, spec = Shape(*about["shape"]) if about["shape"] else None, described(role, about["part"])
+        _check_declared(path, shape, spec, about["max_degree"], tensors)
+        part = make_part(role, spec, shape, about["max_degree"])
+        compressor = about["compressor"]
     try:
         part.load_state_dict(tensors)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise TocomError(f"{path} does not fit {about['part']['kind']!r} of this version: {reason}") from None
+        raise TocomError(f"{path} does not fit {spec['kind']!r} of this version: {reason}") from None
     own = ("format", "kind", "part", "max_degree", "shape", "sha256", "compressor", "summary")
     part.metadata = {key: value for key, value in about.items() if key not in own}
     if role == "compensator":
-        part.compressor = about["compressor"]
+        part.compressor = compressor
     return part.eval()
 
 
@@ -604,6 +639,16 @@ def check_backbone(part: Part, file: Any, backbone_sha256: str) -> None:
         raise TocomError(
             f"{file} was learned on another backbone than this one ({learned_on[:12]}, {backbone_sha256[:12]});"
             " learn one for it"
+        )
+
+
+def _check_declared(path: Any, shape: Shape | None, spec: dict, max_degree: int, tensors: dict[str, Tensor]) -> None:
+    """Refuse a file whose metadata describe a part that is far larger than its parameters, before it is built."""
+    options = [value for value in spec.values() if isinstance(value, int)]
+    wanted = math.prod((*(shape[:2] if shape else ()), max(max_degree, 1), max(options, default=1)))
+    if wanted > 1000 * max(10**6, sum(value.numel() for value in tensors.values())):
+        raise TocomError(
+            f"{path} describes a part that is far larger than its parameters; take it from its source again"
         )
 
 

@@ -23,7 +23,7 @@ from tocom.data.images import Resize
 from tocom.data.own import OPTIONS, OwnOptions
 from tocom.data.registry import TASKS, groups_of, kind_of_task
 from tocom.errors import TocomError, suggest
-from tocom.files import read_yaml
+from tocom.files import parse_json, read_yaml
 from tocom.made import check
 from tocom.methods import DEFAULTS
 from tocom.parts import check_options, part_class, source_degree
@@ -41,6 +41,7 @@ from tocom.settings import (
     Settings,
     ThroughputSettings,
     explain,
+    shortened,
 )
 
 #: What a method may set for itself.
@@ -277,6 +278,8 @@ class TaskEntry(OwnOptions):
     def _known_or_own(self):
         if self.group in RESERVED_GROUPS:
             raise ValueError(f"task {self.name!r}: tables make the group {self.group!r} themselves; give another name")
+        if self.group.startswith(("=", "+", "-", "@")):
+            raise ValueError(f"task {self.name!r}: group {self.group!r} would be a formula in a spreadsheet; rename it")
         if self.kind is None and "group" in self.model_fields_set:
             raise ValueError(f"task {self.name!r}: group is for your own images; this task has its group")
         if "root" in self.data:
@@ -448,6 +451,8 @@ class Study(Settings):
         for name in [self.study, *(b.name for b in self.backbones), *self.task_names, *self.methods]:
             if not NAME.fullmatch(name):
                 raise ValueError(f"{name!r} cannot name a folder: use letters, digits, '_' and '.'")
+            if len(name) > 100:
+                raise ValueError(f"{name[:30]!r}... cannot name a folder: use 100 letters at most")
         listed = {what: getattr(self, what) for what in ("backbones", "tasks", "compare", *OWN)}
         for name, method in self.methods.items():
             listed |= {f"method {name!r}: {what}": getattr(method, what) or () for what in OWN}
@@ -457,6 +462,13 @@ class Study(Settings):
                 raise ValueError(f"{what} lists something twice: {values}")
         if PLAIN in self.methods:
             raise ValueError(f"no method can be called {PLAIN!r}, which tables call a cell without a compensator")
+        paths = {"data.root": self.data.root}
+        paths |= {f"backbone {it.name!r}: checkpoint": it.checkpoint for it in self.backbones if it.checkpoint}
+        for what, path in paths.items():
+            if re.search(r"[{}\x00-\x1f\x7f]", path):
+                raise ValueError(
+                    f"{what} {path!r}: Snakemake takes no path with braces or control characters; rename it"
+                )
         if self.store is not None and not all(NAME.fullmatch(part) for part in self.store.strip("/").split("/")):
             raise ValueError(f"store {self.store!r}: use letters, digits, '_' and '.' between slashes")
 
@@ -838,8 +850,8 @@ def read_config(path: str | os.PathLike, within: tuple[str, ...] = ()) -> dict[s
         config = read_yaml(path)
     except FileNotFoundError:
         raise TocomError(f"no such config: {path}; see config/ for those that ship") from None
-    except OSError as error:
-        raise TocomError(f"cannot read {path}: {error.strerror}; give a YAML file") from None
+    except (OSError, ValueError) as error:
+        raise TocomError(f"cannot read {path}: {getattr(error, 'strerror', error)}; give a YAML file") from None
     if not isinstance(config, dict):
         raise TocomError(f"{path} is empty or not a mapping; start from config/demo.yaml")
     return extended(config, (*within, os.path.realpath(path)))
@@ -876,6 +888,6 @@ def read_mapping(text: str) -> dict[str, Any]:
     if not text.lstrip().startswith("{"):
         return read_config(text)
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise TocomError(f"{text!r} is no JSON ({error}); give JSON or a YAML file") from None
+        return parse_json(text)
+    except ValueError as error:
+        raise TocomError(f"{shortened(text)} is no JSON ({error}); give JSON or a YAML file") from None

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from tocom import distributed
 from tocom.errors import TocomError, suggest
-from tocom.files import atomic
+from tocom.files import alone, atomic
 from tocom.seeds import random_state, seed_everything, set_random_state
 from tocom.settings import Optimisation
 
@@ -207,7 +207,25 @@ def fit(
             few images for one batch, or the micro-batches do not fit the processes.
     """
     begin, feed = begin or (lambda: None), feed or (lambda epoch, pieces: iter(pieces))
-    trainer = _Trainer(module, n_images, settings, title, resume)
+    with _alone(resume, title):
+        return _fit(_Trainer(module, n_images, settings, title, resume), step, seed, score, identity, begin, feed)
+
+
+@contextmanager
+def _alone(resume: Path | None, title: str) -> Iterator[None]:
+    """Have no other run keep its states in the same place; one that comes second goes on from those of the first."""
+    with ExitStack() as stack:
+        if resume is not None and distributed.is_main():
+            busy = f"{title}: another process is at it; waiting for it"
+            stack.enter_context(alone(resume.with_name(f"{resume.name}.lock"), busy))
+        distributed.wait_for_all()
+        yield
+
+
+def _fit(
+    trainer: _Trainer, step: Callable, seed: int, score: Callable, identity: dict, begin: Callable, feed: Callable
+) -> dict:
+    module, n_images, settings, title = trainer.module, trainer.n_images, trainer.settings, trainer.title
     # Random states follow micro-batches, of which there is one for every process unless their size is stated.
     processes = distributed.world_size() if settings.micro_batch_size is None else None
     fingerprint = [title, seed, n_images, settings.recipe(), identity, processes]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tocom.analysis.scores import METRICS, read_predictions
 from tocom.errors import TocomError
-from tocom.files import again, load_metadata, write_text
+from tocom.files import again, load_metadata, read_rows, write_text
 from tocom.made import Agreed, check, check_together, difference, how, job_hash, located, seal
 
 #: What tells the cells of a study apart.
@@ -24,6 +24,8 @@ COLUMNS = (
     *("study", "backbone", "method", "compressor", "task", "seed", "train_degree", "infer_degree"),
     *("compensated", "compensator", "scale", "n", "correct", "accuracy", "gflops", "metric", "score"),
 )
+#: Those of them that hold numbers.
+NUMBERS = ("seed", "infer_degree", "scale", "n", "correct", "accuracy", "gflops", "score")
 #: Further columns, where cells have them. cache_bytes: of keys and values that reading a full context keeps.
 FURTHER = ("cache_bytes",)
 #: What rows are sorted by; rows that are equal in it keep the order of the files.
@@ -137,7 +139,11 @@ def records(files: Iterable[os.PathLike]) -> dict[Condition, BySeed]:
 def concatenate(tables: Sequence[os.PathLike], path: str | os.PathLike) -> None:
     """Put CSV files one below the other."""
     check_together(tables)
-    frame = pd.concat([pd.read_csv(table, keep_default_na=False) for table in tables], ignore_index=True)
+    frames = [read_rows(table, keep_default_na=False) for table in tables]
+    for table, frame in zip(tables, frames, strict=True):
+        if list(frame.columns) != list(frames[0].columns):
+            raise TocomError(f"{table} has other columns than {tables[0]}; make them with one version")
+    frame = pd.concat(frames, ignore_index=True)
     write_text(path, frame.to_csv(index=False, lineterminator="\n"))
     seal(path, tables)
 
@@ -147,7 +153,7 @@ def read_cells(path: str | os.PathLike) -> pd.DataFrame:
     if not Path(path).is_file():
         raise TocomError(f"no such file: {path}; run the study first (snakemake --cores all)")
     check(path)
-    return checked(pd.read_csv(path, dtype=TEXT, keep_default_na=False), COLUMNS, path)
+    return checked(read_rows(path, NUMBERS, dtype=TEXT, keep_default_na=False), COLUMNS, path)
 
 
 def checked(frame: pd.DataFrame, columns: Iterable[str], path: str | os.PathLike) -> pd.DataFrame:

@@ -15,7 +15,7 @@ from tocom.analysis.cells import checked
 from tocom.analysis.planned import train_degrees
 from tocom.analysis.run import Run
 from tocom.analysis.tables import NOT_PLANNED, NOT_RUN, Table, Text, cost_text
-from tocom.files import load_metadata
+from tocom.files import load_metadata, read_rows
 from tocom.made import check
 from tocom.methods import ROLES
 from tocom.settings import Optimisation
@@ -67,7 +67,7 @@ class Training(NamedTuple):
 
 def _minutes(curve: Path) -> float:
     check(curve)
-    return checked(pd.read_csv(curve), ("seconds",), curve).seconds.iloc[-1] / 60
+    return checked(read_rows(curve, ("seconds",)), ("seconds",), curve).seconds.iloc[-1] / 60
 
 
 def gather(run: Run) -> list[dict]:

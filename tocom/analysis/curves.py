@@ -12,6 +12,7 @@ import pandas as pd
 from tocom.analysis.cells import checked
 from tocom.analysis.run import Run
 from tocom.errors import TocomError
+from tocom.files import read_rows
 from tocom.made import check
 from tocom.methods import ROLES
 
@@ -42,7 +43,7 @@ class Curve:
     def read(self) -> pd.DataFrame:
         """Return its columns by epoch."""
         check(self.file)
-        return checked(pd.read_csv(self.file), COLUMNS, self.file).set_index("epoch")
+        return checked(read_rows(self.file), COLUMNS, self.file).set_index("epoch")
 
 
 def curves(run: Run, backbone: str) -> list[Curve]:

@@ -26,7 +26,7 @@ from tocom.analysis.planned import (
     train_degrees,
 )
 from tocom.analysis.published import Published, read_published
-from tocom.files import load_metadata
+from tocom.files import load_metadata, read_rows
 from tocom.made import check, check_together
 from tocom.settings import GFLOPS, PLAIN
 
@@ -41,6 +41,20 @@ _COSTS = (
 #: What of it may not be known.
 _UNKNOWN = ("images", "labels", "steps")
 _TRANSFER = ("backbone", "method", "source_task", "target_task", "seed", "train_degree", "infer_degree", "accuracy")
+#: Columns of numbers that tables and figures need.
+_NUMBERS = (
+    "score",
+    "score_before",
+    "score_after",
+    "score_matched",
+    "gain",
+    "loss",
+    "cost",
+    "low",
+    "high",
+    "p",
+    "ratio",
+)
 #: Two methods that are compared: before and after.
 Compared = tuple[str, str]
 
@@ -306,7 +320,8 @@ def _read(path: Path, columns: Sequence[str], **options) -> pd.DataFrame:
     if not path.is_file():
         return pd.DataFrame(columns=list(columns))
     check(path)
-    return checked(pd.read_csv(path, dtype=TEXT, **options), columns, path)
+    numbers = [name for name in columns if name in _NUMBERS]
+    return checked(read_rows(path, numbers, dtype=TEXT, **options), columns, path)
 
 
 def primary(run: Run, backbone: str | None = None) -> tuple[Endpoint, Pair] | None:

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from tocom.data.scenes import IGNORED
 from tocom.errors import TocomError
-from tocom.files import load_arrays
+from tocom.files import load_arrays, understood
 
 
 class Counts(NamedTuple):
@@ -172,9 +172,23 @@ def bits_per_byte(saved: ArrayLike) -> NDArray:
 METRICS: dict[str, Metric] = {metric.name: metric for metric in (Accuracy(), MeanIoU(), BitsSaved())}
 
 
+#: What a predictions file says of each of its cells at least.
+_CELL = {
+    *("method", "seed", "train_degree", "infer_degree"),
+    *("compressor", "compensated", "compensator", "scale", "gflops"),
+}
+
+
 def read_predictions(path: str | os.PathLike) -> tuple[dict, list[tuple[dict, NDArray]]]:
     """Return the metadata of a predictions file, and each of its cells with its record."""
     arrays, meta = load_arrays(path)
-    if meta.get("kind") != "predictions" or meta.get("metric") not in METRICS:
+    if meta.get("kind") != "predictions" or str(meta.get("metric")) not in METRICS:
         raise TocomError(f"{path} holds no predictions of this version; give files that `tocom evaluate` wrote")
-    return meta, list(zip(meta["cells"], METRICS[meta["metric"]].records(arrays), strict=True))
+    with understood(path):
+        found = list(zip(meta["cells"], METRICS[meta["metric"]].records(arrays), strict=True))
+        if (
+            not all(cell.keys() >= _CELL and len(record) for cell, record in found)
+            or not {"backbone", "task"} <= meta.keys()
+        ):
+            raise ValueError("a cell is not whole")
+        return meta, found

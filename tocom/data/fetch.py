@@ -30,7 +30,7 @@ from tocom.data.families import check_layout
 from tocom.data.store import RECORD, SUMS, FetchedFile, Record, folder_of, hidden, read_record
 from tocom.data.unpack import unpack
 from tocom.errors import TocomError
-from tocom.files import sha256
+from tocom.files import alone, sha256
 
 #: How often all mirrors are tried, seconds before the second time (doubled each time), seconds until silence is a cut.
 TRIES, WAIT, TIMEOUT = 4, 1.0, 30.0
@@ -164,7 +164,7 @@ def fetch(
     try:
         if force or any(os.path.lexists(path) for path in leftovers) or not job.is_complete():
             root.mkdir(parents=True, exist_ok=True)
-            with _alone(name, root):
+            with alone(hidden(root, name, "lock"), f"another process is fetching {name}; waiting for it"):
                 job.clear_killed()
                 if force or not job.is_complete():  # another process may have fetched it meanwhile
                     job.run()
@@ -178,26 +178,6 @@ def fetch(
     if source is not None and read_record(root / name).folder != str(Path(source).absolute()):
         _log.warning("%s is there already, so --from %s was not used; --force replaces it", name, source)
     return folder_of(name, root, entries)
-
-
-@contextlib.contextmanager
-def _alone(name: str, root: Path) -> Iterator[None]:
-    """Hold the data set's lock; wait, and say so, while another process does."""
-    from filelock import FileLock, Timeout
-
-    path = hidden(root, name, "lock")
-    lock = FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        _log.warning("another process is fetching %s; waiting for it", name)
-        lock.acquire()
-    try:
-        yield
-    finally:
-        # Removed while it is held: whoever waits for the removed file notices that and takes a new one.
-        path.unlink(missing_ok=True)
-        lock.release()
 
 
 def _remove(path: Path) -> None:

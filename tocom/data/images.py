@@ -17,8 +17,11 @@ from tocom.errors import TocomError
 Resize = Literal["crop", "squash"]
 #: Shorter side before the centre crop, over the side of the crop.
 CROP_RATIO = 256 / 224
-#: Formats whose endings Pillow knows, but that it only writes, or only recognises.
-_NOT_READ = {"BUFR", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
+#: Formats whose endings Pillow knows, but that it only writes, only recognises, or hands to another program (EPS is a
+#: program itself, which Ghostscript would run).
+_NOT_READ = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
+#: Most times that an image may be longer than it is wide: 1 x 100,000 pixels, the short side scaled to 256, take 20 GB.
+_LONGEST = 1_000
 
 
 @contextmanager
@@ -27,7 +30,10 @@ def opened(path: str | os.PathLike):
     from PIL import Image
 
     try:
-        with Image.open(path) as image:
+        if not Path(path).is_file():  # a pipe would wait for ever
+            raise OSError("it is no file" if os.path.lexists(path) else "there is no such file")
+        Image.init()
+        with Image.open(path, formats=[name for name in Image.ID if name not in _NOT_READ]) as image:
             yield image
     except TocomError:
         raise
@@ -40,11 +46,14 @@ def open_image(path: str | os.PathLike):
     """Read an image file as a PIL image in RGB; 16 bits of grey become 8.
 
     Raises:
-        TocomError: it is missing, not an image that Pillow can read, or its pixels have no known range.
+        TocomError: it is missing, not an image that Pillow can read, too large or too long, or its pixels have no known
+            range.
     """
     from PIL import Image
 
     with opened(path) as image:
+        if max(image.size) > _LONGEST * min(image.size):
+            raise TocomError(f"{path} is a strip of {image.size[0]:,} x {image.size[1]:,} pixels; cut or remove it")
         image.load()
         if image.mode.startswith("I;16"):  # convert() would clip to 255, which leaves white
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
@@ -93,4 +102,4 @@ def image_files(folder: str | os.PathLike) -> list[Path]:
     from PIL import Image
 
     endings = {ending for ending, format_ in Image.registered_extensions().items() if format_ not in _NOT_READ}
-    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in endings)
+    return sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in endings and path.is_file())

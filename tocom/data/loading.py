@@ -126,7 +126,7 @@ def in_one_line(items: Iterator) -> Iterator:
     try:
         yield from items
     except TocomError as error:
-        raise TocomError(str(error).strip().splitlines()[-1].removeprefix("tocom.errors.TocomError: ")) from None
+        raise TocomError(str(error).rpartition("tocom.errors.TocomError: ")[2]) from None
 
 
 def mixer(settings: Augmentation, classes: int, label_smoothing: float):

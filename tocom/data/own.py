@@ -27,7 +27,7 @@ from pydantic import Field, ValidationError, model_validator
 from tocom.data.families import ade20k
 from tocom.data.listing import SPLITS, Items, Listing
 from tocom.errors import TocomError, suggest
-from tocom.files import atomic, write_text
+from tocom.files import atomic, read_rows, write_text
 from tocom.settings import Positive, Settings, explain
 
 Split = Literal["train", "val", "test"]
@@ -125,6 +125,8 @@ def read_own(name: str, source: OwnOptions | Mapping[str, Any], cache: Path) -> 
         return readers[source.kind](source)
     except TocomError as error:
         raise TocomError(f"task {name!r}: {error}") from error
+    except OSError as error:
+        raise TocomError(f"task {name!r}: cannot read {error.filename}: {error.strerror}; check the path") from None
 
 
 def _titled(source: OwnOptions) -> str:
@@ -187,16 +189,23 @@ def _encode(labels: Mapping[str, Sequence], where: str) -> tuple[dict[str, np.nd
         return {split: np.searchsorted(known, array).astype(np.int64) for split, array in arrays.items()}, known
     try:
         return {split: array.astype(np.int64) for split, array in arrays.items()}, None
-    except OverflowError:
+    except (OverflowError, ValueError):  # Python reads no number of thousands of digits
         longest = max(known, key=len)
         raise TocomError(f"{where}: {longest[:18]}... is no label; number classes from 0, or use names") from None
 
 
 def _check_files(files: Sequence[Path], where: str, hint: str) -> None:
-    missing = [path for path in files if not path.is_file()]
+    missing = [path for path in files if not _is_file(path)]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise TocomError(f"{where}: there is no file {missing[0]}{more}; {hint}")
+        raise TocomError(f"{where}: there is no file {str(missing[0])[:300]}{more}; {hint}")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # its name is too long
+        return False
 
 
 def _check_once(files: Mapping[str, Sequence[Path]], where: str) -> None:
@@ -270,6 +279,7 @@ def _images(folder: Path) -> list[Path]:
     for path in files:
         if path.is_dir():
             raise TocomError(f"{path} is a folder inside a class folder; put its images into {folder}")
+    _check_files(files, str(folder), "a link that leads nowhere, a pipe and a device are none: remove it")
     return files
 
 
@@ -304,14 +314,9 @@ def _read_csv(source: OwnOptions) -> Listing:
 
 def _read_table(path: Path, columns: tuple[str, ...]):
     """Read columns of a CSV as text without blanks at the ends; every field must be filled in."""
-    import pandas as pd
-
     if not path.is_file():
         raise TocomError(f"there is no CSV {path}; check the path (it is relative to where you start)")
-    try:
-        table = pd.read_csv(path, dtype=str, na_filter=False, index_col=False, encoding="utf-8-sig")
-    except (ValueError, OSError) as error:  # pandas' own errors and those of decoding are ValueErrors
-        raise TocomError(f"{path} is not a readable CSV ({_reason(error)}); save it as UTF-8 with commas") from None
+    table = read_rows(path, dtype=str, na_filter=False, index_col=False)
     table.columns = [str(name).strip() for name in table.columns]
     for name in columns:
         if name not in table.columns:
@@ -320,7 +325,7 @@ def _read_table(path: Path, columns: tuple[str, ...]):
                 if name == "split"
                 else "name yours with `image_column:` and `label_column:`"
             )
-            raise TocomError(f"{path} has no column {name!r} but {', '.join(table.columns)}; add one, or {fix}")
+            raise TocomError(f"{path} has no column {name!r} but {', '.join(table.columns)[:300]}; add one, or {fix}")
     table = table[list(columns)].apply(lambda column: column.str.strip())
     for name in columns:
         if (table[name] == "").any():
@@ -462,6 +467,8 @@ def _image_file(value: Any, what: str) -> tuple[bytes, str]:
 
     try:
         if isinstance(value, dict):
+            if value.get("bytes") is None and not Path(value["path"]).is_file():  # a device would be read without end
+                raise ValueError(f"there is no file {value['path']}")
             value = value["bytes"] if value.get("bytes") is not None else Path(value["path"]).read_bytes()
         if not isinstance(value, bytes):
             pixels = np.asarray(value)
@@ -504,7 +511,7 @@ def _call(source: OwnOptions, where: str) -> Any:
     importlib.invalidate_caches()
     try:
         function = pkgutil.resolve_name(source.python)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TocomError(
             f"{where} cannot be imported ({type(error).__name__}: {_reason(error)}); it is looked for in {Path.cwd()}"
             " and among installed packages"
@@ -517,7 +524,7 @@ def _call(source: OwnOptions, where: str) -> Any:
         return function(**source.arguments)
     except TocomError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise TocomError(f"{where} raised {type(error).__name__}: {_reason(error)}; mend it") from error
 
 

@@ -23,7 +23,7 @@ from tocom.data.listing import SPLITS, Items, Listing, TaskKind, check_disjoint,
 from tocom.data.own import OPTIONS, OwnOptions, read_own
 from tocom.data.store import SUMS, folder_of
 from tocom.errors import TocomError, suggest
-from tocom.files import load_arrays, save_arrays
+from tocom.files import load_arrays, save_arrays, understood
 from tocom.made import made
 from tocom.settings import Settings
 
@@ -312,7 +312,26 @@ def read(path: str | os.PathLike) -> tuple[dict[str, np.ndarray], dict]:
     arrays, metadata = load_arrays(path)
     if metadata.get("kind") != "task" or "task_kind" not in metadata:
         raise TocomError(f"{path} is not a prepared task; make it with `tocom prepare`")
+    with understood(path):
+        _check_prepared(arrays, metadata)
     return arrays, metadata
+
+
+def _check_prepared(arrays: dict[str, np.ndarray], metadata: dict) -> None:
+    """Raise KeyError or ValueError unless all is there that :func:`prepare` writes."""
+    for name, kind in {"task": str, "group": str, "source": str, "classes": int, "image_size": int}.items():
+        if not isinstance(metadata[name], kind):
+            raise ValueError(f"{name} = {metadata[name]!r}"[:100])
+    for split in SPLITS:
+        rows = {part: arrays[key] for part in ("images", "labels", "text") if (key := f"{split}_{part}") in arrays}
+        wanted = {"language": ("text",), "segment": ("images", "labels")}.get(metadata["task_kind"], ("labels",))
+        if not set(wanted) <= rows.keys() or not all(array.ndim for array in rows.values()):
+            raise ValueError(f"the {split} split is not there")
+        if metadata["task_kind"] == "classify":
+            n = len(rows["labels"])
+            there = "images" if "images" in rows else None
+            if n != metadata["sizes"][split] or (there and len(rows["images"]) != n):
+                raise ValueError(f"the {split} split is not whole")
 
 
 def split_files(files: list[Path], n_held_out: int, seed: int = 0) -> tuple[list[Path], list[Path]]:

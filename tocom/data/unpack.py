@@ -6,7 +6,9 @@ no member is written through a link or over another one, and no more bytes come 
 
 from __future__ import annotations
 
+import errno
 import lzma
+import os
 import re
 import stat
 import tarfile
@@ -19,7 +21,16 @@ from pathlib import Path, PurePosixPath
 from tocom.errors import TocomError
 
 _ENDINGS = (".zip", ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
-_CORRUPT = (tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, NotImplementedError, ValueError)
+_CORRUPT = (
+    *(tarfile.TarError, zipfile.BadZipFile, lzma.LZMAError, zlib.error, EOFError, NotImplementedError, ValueError),
+    MemoryError,  # LZMA's header says how much it takes
+)
+#: Most bytes of a tar's header on a member, and of a member's name; most members, besides one for so many bytes.
+_HEADER, _NAME, _MEMBERS, _BYTES_EACH = 1 << 20, 1_000, 1_000, 50
+_LONG_HEADERS = (
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+)
 
 
 def is_archive(name: str) -> bool:
@@ -31,17 +42,35 @@ class _RefusedError(Exception):
     """Something in an archive that is not to be unpacked."""
 
 
+class _Member(tarfile.TarInfo):
+    """A member of a tar, whose header may not be endless: tarfile reads one into memory, whatever its length."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        """Read a block of a header."""
+        member = super().frombuf(buf, encoding, errors)
+        if member.type in _LONG_HEADERS and member.size > _HEADER:
+            raise _RefusedError(f"a header of {member.size:,} bytes")
+        return member
+
+
 @dataclass
 class _Target:
-    """The folder to unpack into, and how many bytes it may still take."""
+    """The folder to unpack into, and how many bytes and members it may still take."""
 
     folder: Path
     bytes: int
     advance: Callable[[int], object]
 
+    def __post_init__(self) -> None:
+        """Allow as many members as so many bytes may be made of."""
+        self.members = _MEMBERS + self.bytes // _BYTES_EACH
+
     def admit(self, name: str, size: int, is_folder: bool) -> None:
         """Count a member, and refuse it if its place is not a new one inside the folder, or there is no more room."""
         path = PurePosixPath(name)
+        if len(os.fsencode(name)) > _NAME or any(len(os.fsencode(part)) > 255 for part in path.parts):
+            raise _RefusedError(f"the name {name[:50]!r}... is too long")
         if re.search(r"[\\\x00-\x1f\x7f]", name):
             raise _RefusedError(f"the name {name!r} has a backslash or control character in it")
         if path.is_absolute() or ".." in path.parts:
@@ -52,6 +81,9 @@ class _Target:
         if there.is_symlink() or (there.exists() and not (is_folder and there.is_dir())):
             raise _RefusedError(f"{name!r} is in it twice, or would overwrite a file of another archive")
         self.bytes -= size
+        self.members -= 1
+        if self.members < 0:
+            raise _RefusedError("it has far more files than the bytes that the catalogue says are made of")
         if self.bytes < 0:
             raise _RefusedError("it unpacks to far more bytes than the catalogue says")
         self.advance(size)
@@ -85,7 +117,8 @@ def unpack(archive: Path, folder: Path, max_bytes: int, advance: Callable[[int],
     except _CORRUPT as error:
         reason = f"is corrupt, or not what its ending says ({' '.join(str(error).split()) or type(error).__name__})"
     except OSError as error:
-        if error.errno is not None:  # bz2 and gzip report damage as an OSError without a number; not the system's
+        # bz2 and gzip report damage as an OSError without a number; EINVAL: zipfile was sent to before the beginning.
+        if error.errno not in (None, errno.EINVAL):
             raise
         reason = f"is corrupt ({error})"
     else:
@@ -94,7 +127,7 @@ def unpack(archive: Path, folder: Path, max_bytes: int, advance: Callable[[int],
 
 
 def _unpack_tar(archive: Path, target: _Target) -> None:
-    with tarfile.open(archive) as tar:
+    with tarfile.open(archive, tarinfo=_Member) as tar:
         for member in tar:
             target.admit(member.name, member.size, member.isdir())
             if member.islnk() and not (target.folder / member.linkname).is_file():

@@ -21,14 +21,14 @@ from torch.nn import functional as F
 
 from tocom.degrees import Degree
 from tocom.errors import TocomError
-from tocom.files import load_tensors
+from tocom.files import check_finite, load_tensors, refuse_bomb
 from tocom.parts import Shape, make_part
 from tocom.settings import Fraction
 from tocom.steps import QKV, LowRank, StepCompensator, StepOptions, draw_low_rank, each_once
 
 #: The projections that the paper's compensator updates.
 PROJECTIONS = ("q", "v")
-_PUBLIC_NAME = re.compile(r"blocks\.(\d+)\.attn\.(\w+)_tocom\.adapter_(?:down|up)\.weight")
+_PUBLIC_NAME = re.compile(r"blocks\.(\d{1,5})\.attn\.(\w+)_tocom\.adapter_(?:down|up)\.weight")
 
 
 class ToComOptions(StepOptions):
@@ -131,8 +131,8 @@ class ToCom(StepCompensator):
                     raise TocomError(f"{path} lacks {error}; it is not a complete public ToCom checkpoint") from None
         if not groups:
             raise TocomError(f"{path} has no q_tocom or v_tocom weights; it is not a public ToCom checkpoint")
-        rows, dim = len(groups[0, "q"][0]), len(groups[0, "q"][1])
-        if any(down.shape != (rows, dim) or up.shape != (dim, rows) for down, up in groups.values()):
+        rows, dim = (side.shape[0] if side.ndim == 2 else 0 for side in groups[0, "q"])
+        if not rows * dim or any(down.shape != (rows, dim) or up.shape != (dim, rows) for down, up in groups.values()):
             raise TocomError(f"{path} has weights of unequal shapes; it is not a public ToCom checkpoint")
         if steps < 1 or rows % steps:
             raise TocomError(f"{path} has {rows} rows, which is not a multiple of {steps} steps; give its steps")
@@ -171,10 +171,9 @@ def _read_public(path: str | os.PathLike) -> dict[str, Tensor]:
     """Read a .pth with nothing but tensors in it, or a .safetensors file."""
     if os.fspath(path).endswith(".safetensors"):
         return load_tensors(path)[0]
+    refuse_bomb(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise TocomError(f"no such file: {path}; check the path") from None
     except Exception:  # torch raises errors of many kinds, with advice to load it all the same
         raise TocomError(
             f"{path} cannot be read as tensors alone and is refused, since pickles can run code; save its tensors alone"
@@ -182,4 +181,6 @@ def _read_public(path: str | os.PathLike) -> dict[str, Tensor]:
     state = state.get("model", state) if isinstance(state, dict) else state
     if not isinstance(state, dict):
         raise TocomError(f"{path} holds a {type(state).__name__}, not a checkpoint")
-    return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+    check_finite(tensors, path)
+    return tensors

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from tocom.checks import check_study
+from tocom.checks import check_study, claim
 from tocom.console import Console
 from tocom.errors import TocomError
 from tocom.jobs import Plan
@@ -11,12 +11,17 @@ from tocom.study import read_config
 
 CONSOLE = Console.attach(workflow)
 try:
+    if {"{", "}"} & set(str(workflow.basedir)):
+        raise TocomError(
+            f"{workflow.basedir} has braces in its path, which Snakemake takes for wildcards; rename it"
+        )
     # Snakemake's own reader keeps the last of a key that is given twice, and says nothing.
     for _path in workflow.config_settings.configfiles or []:
         read_config(_path)
     PLAN = Plan.of(config)
 except TocomError as error:
     raise WorkflowError(str(error)) from None
+CLAIMED = []
 CONSOLE.studies = {name: study.root for name, study in PLAN.studies.items()}
 
 
@@ -25,16 +30,21 @@ onstart:
     try:
         for _study in PLAN.studies.values():
             check_study(_study)
+        CLAIMED.append(claim(PLAN.studies.values(), CONSOLE.made_in_stores))
     except TocomError as error:
         raise WorkflowError(str(error)) from None
 
 
 onsuccess:
     CONSOLE.succeed()
+    while CLAIMED:
+        CLAIMED.pop().close()
 
 
 onerror:
     CONSOLE.fail()
+    while CLAIMED:
+        CLAIMED.pop().close()
 
 
 ROOT = "results/{study}"

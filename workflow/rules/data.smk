@@ -16,7 +16,7 @@ rule fetch:
         mem_mb=growing(1000),
         runtime=growing(600),
     shell:
-        "tocom data fetch {wildcards.dataset} --root {wildcards.data:q} > {log} 2>&1"
+        "tocom data fetch {wildcards.dataset} --root {wildcards.data:q} > {log:q} 2>&1"
 
 
 rule prepare:

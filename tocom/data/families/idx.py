@@ -1,4 +1,4 @@
-"""Fashion-MNIST: grey images and labels in MNIST's IDX files, read by torchvision.
+"""Fashion-MNIST: grey images and labels in MNIST's IDX files.
 
 arXiv 1708.07747. A file may be compressed, as it is published, or not, as torchvision leaves it in its folder ``raw``.
 """
@@ -6,10 +6,10 @@ arXiv 1708.07747. A file may be compressed, as it is published, or not, as torch
 from __future__ import annotations
 
 import gzip
-import shutil
+import math
+import struct
 import zlib
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -17,6 +17,8 @@ from tocom.data.families.reading import malformed, reading
 from tocom.data.listing import Items, Listing
 
 SPLITS = {"train": "train", "test": "t10k"}
+#: What IDX calls bytes; and the most that are read: MNIST's largest file holds 47 MB.
+_UBYTE, _MOST = 8, 1 << 30
 
 
 def listing(folder: Path, name: str) -> Listing:
@@ -33,17 +35,17 @@ def listing(folder: Path, name: str) -> Listing:
 
 def read_idx(path: Path) -> np.ndarray:
     """Return the bytes that an IDX file holds, as an array of its shape, uint8; with ``.gz`` if there is no other."""
-    from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
-
     packed = path.with_name(f"{path.name}.gz")
     path = path if path.is_file() else packed
-    with reading(path, AssertionError, RuntimeError, zlib.error, OverflowError), TemporaryDirectory() as folder:
-        plain = path
-        if path == packed:
-            plain = Path(folder) / path.stem
-            with gzip.open(path) as source, plain.open("wb") as target:
-                shutil.copyfileobj(source, target)
-        values = read_sn3_pascalvincent_tensor(str(plain))
-        if values.element_size() > 1:
+    with reading(path, zlib.error, struct.error), (gzip.open if path == packed else open)(path, "rb") as stream:
+        zero, kind, sides = struct.unpack(">HBB", stream.read(4))
+        if zero or kind != _UBYTE:
             raise ValueError("it holds no bytes")
-        return values.numpy()
+        shape = struct.unpack(f">{sides}I", stream.read(4 * sides))
+        n = math.prod(shape)
+        if n > _MOST:
+            raise ValueError(f"it says that it holds {n:,} bytes")
+        values = np.frombuffer(stream.read(n), dtype=np.uint8)
+        if len(values) < n or stream.read(1):
+            raise ValueError(f"it holds {'more' if len(values) == n else 'fewer'} than the {n:,} bytes that it says")
+        return values.reshape(shape)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import os
+import re
 import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -54,14 +56,44 @@ def read_table(path: Path, *columns: str):
     return table
 
 
+#: Most bytes of a file of lists, unpacked, and most cells and structs that hold others: scipy reads one inside another
+#: by recursion in C, which thousands of them end.
+_MAT_BYTES, _MAT_NESTED = 1 << 26, 1_000
+
+
 def read_mat(path: Path, *names: str) -> tuple[np.ndarray, ...]:
     """Return variables of a MATLAB 5 file, each as an array [n] (of numbers, of texts, or a struct array)."""
     from scipy.io import loadmat
     from scipy.io.matlab import MatReadError
 
-    with reading(path, MatReadError, zlib.error, struct.error, NotImplementedError):
-        content = loadmat(path, squeeze_me=True, variable_names=list(names))
+    with reading(path, MatReadError, zlib.error, struct.error, NotImplementedError, MemoryError, NameError):
+        content = loadmat(io.BytesIO(_unpacked(path)), squeeze_me=True, variable_names=list(names))
         return tuple(np.atleast_1d(content[name]) for name in names)
+
+
+def _unpacked(path: Path) -> bytes:
+    """Return a MATLAB 5 file with no part compressed, if it is no larger and no deeper than files of lists are."""
+    with path.open("rb") as stream:
+        header, packed = stream.read(128), stream.read(_MAT_BYTES + 1)
+    order, parts, left, place = "<" if header[126:] == b"IM" else ">", [header], _MAT_BYTES, 0
+    while place + 8 <= len(packed):
+        kind, size = struct.unpack_from(f"{order}II", packed, place)
+        small, compressed = kind >> 16, kind == 15
+        part = packed[place : place + 8 + (0 if small else size + (0 if compressed else -size % 8))]
+        place += len(part)
+        if compressed:
+            part = zlib.decompressobj().decompress(part[8:], left + 1)
+        left -= len(part)
+        parts.append(part)
+        if left < 0:
+            raise ValueError(f"it unpacks to more than {_MAT_BYTES:,} bytes")
+    nested = (
+        rb"(?=\x0e\0\0\0.{12}[\x01-\x03\x10-\x12])" if order == "<" else rb"(?=\0\0\0\x0e.{15}[\x01-\x03\x10-\x12])"
+    )
+    content = b"".join(parts)
+    if sum(1 for _ in re.finditer(nested, content, re.DOTALL)) > _MAT_NESTED:
+        raise ValueError(f"it holds more than {_MAT_NESTED:,} cells and structs")
+    return content
 
 
 def items_of(files: Sequence[Path], labels: Iterable, lists: Path, first: int = 0) -> Items:
