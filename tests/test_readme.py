@@ -28,7 +28,7 @@ def test_every_command_that_is_named_exists(page):
 
     group = typer.main.get_command(app)
     for words in re.findall(
-        r"\btocom ((?:analyse )?[a-z]+)\b", " ".join(re.findall(r"`[^`]+`|^    .*$", page.read_text(), re.M))
+        r"\btocom ((?:analyse )?[a-z-]+)\b", " ".join(re.findall(r"`[^`]+`|^    .*$", page.read_text(), re.M))
     ):
         command = group
         for word in words.split():

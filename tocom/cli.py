@@ -256,6 +256,27 @@ def benchmark(
     say(f"{output / 'benchmark.md'}: of {len(status)} lines, {counts}")
 
 
+@app.command("serve-bench")
+def serve_bench(
+    checkpoint: Annotated[Path, typer.Option(help="A fine-tuned model.")],
+    data: DataOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for CSV files, a table and a figure.")],
+    job: JobArgument = "{}",
+    compensator: Compensators = None,
+    curve: Annotated[
+        Optional[Path], typer.Option(help="What batches take (a curve.csv); nothing is timed then.")
+    ] = None,
+    sets: Sets = None,
+) -> None:
+    """Replay a changing load against fixed degrees and the adaptive choice: deadlines met, accuracy kept."""
+    from tocom.jobs import ServeJob, read_job
+    from tocom.stages.serve import serve_bench as stage
+
+    it = read_job(ServeJob, job, sets or ())
+    stage(it, checkpoint, data, pairs(compensator, "--compensator"), output, curve)
+    typer.echo((output / "serving.md").read_text(encoding="utf-8"))
+
+
 @app.command("import")
 def import_public(
     checkpoint: Annotated[Path, typer.Argument(help="A .pth or .safetensors in the layout of a method's public code.")],
