@@ -26,6 +26,7 @@ _HOMES = {
     "Server": "tocom.serving",
     "Curve": "tocom.serving",
     "load_compressed": "tocom.serving",
+    "export": "tocom.exports",
     "TocomError": "tocom.errors",
     "FinetuneJob": "tocom.jobs",
     "LearnJob": "tocom.jobs",
