@@ -17,11 +17,11 @@ def program(path):
     if path.suffix == ".onnx":
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         name = session.get_inputs()[0].name
-        said = session.get_modelmeta().custom_metadata_map["tocom"]
+        said = session.get_modelmeta().custom_metadata_map["tocom.about"]
         return lambda batch: torch.from_numpy(session.run(None, {name: batch.numpy()})[0]), json.loads(said)
-    said = {"tocom": ""}
+    said = {"tocom.about": ""}
     run = torch.export.load(path, extra_files=said).module()
-    return run, json.loads(said["tocom"])
+    return run, json.loads(said["tocom.about"])
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tocom.compressed import Compressed
-from tocom.errors import TocomError
+from tocom.errors import TocomError, first_line
 from tocom.files import atomic
 from tocom.parts import describe
 
@@ -23,7 +23,7 @@ _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 #: Sizes of the batches that a program for any size is compared on.
 _SIZES = (1, 2, 7)
 #: Where a program's file says what it is.
-_ABOUT = "tocom"
+_ABOUT = "tocom.about"
 
 
 class Difference(NamedTuple):
@@ -46,7 +46,7 @@ def export(
 
     The program takes what the model takes (normalised images [B, 3, H, W]) and gives logits. How many tokens a block
     removes is fixed in it; which ones, is found as it runs. The file also says its degree and how images are normalised
-    (of ONNX: ``metadata_props``; of torch.export: an extra file; under the key ``tocom``, as JSON).
+    (of ONNX: ``metadata_props``; of torch.export: an extra file; under the key ``tocom.about``, as JSON).
 
     Args:
         model: on a CPU, in eval mode.
@@ -101,7 +101,7 @@ def _program(model: Compressed, batch_size: int | None) -> torch.export.Exported
             return torch.export.export(model, (example,), dynamic_shapes=shapes)
     except Exception as error:  # torch raises errors of many kinds
         fix = "; name the one size that it is to take (batch_size)" if batch_size is None else ""
-        raise TocomError(f"{model.compressor.title} cannot be exported ({_first(error)}){fix}") from error
+        raise TocomError(f"{model.compressor.title} cannot be exported ({first_line(error)}){fix}") from error
 
 
 def _compared(model: Compressed, run: Callable[[Tensor], Tensor], sizes: tuple[int, ...]) -> Difference:
@@ -124,7 +124,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, said: str) ->
             onnx.model.metadata_props[_ABOUT] = said
             onnx.save(path, external_data=False)
     except Exception as error:
-        raise TocomError(f"torch cannot write it as ONNX ({_first(error)}); write a .pt2 instead") from error
+        raise TocomError(f"torch cannot write it as ONNX ({first_line(error)}); write a .pt2 instead") from error
 
 
 def _read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
@@ -151,7 +151,3 @@ _WRITERS = {".onnx": (_write_onnx, _read_onnx), ".pt2": (_write_pt2, _read_pt2)}
 def _quietly() -> warnings.catch_warnings:
     """Return a context without the warnings of exporters, which are about their own insides."""
     return warnings.catch_warnings(action="ignore")
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
