@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tests.small import refusal, tune
 from tocom.files import load_arrays
 from tocom.jobs import EvaluateJob, ServeJob
+from tocom.models import load_model
 from tocom.serving import Curve
 from tocom.stages.evaluate import evaluate
 from tocom.stages.serve import adaptive, arrivals, replay, serve_bench
@@ -218,6 +219,13 @@ def test_batches_are_computed_and_their_time_moves_the_clock(checkpoint, digits,
     rows = run(checkpoint, digits, compensator, tmp_path, seeds=(0,), phases=phases)
     assert set(rows.times) == {"computed"}
     assert (rows.p50_ms > 0).all()
+    model, _ = load_model(checkpoint)
+    whole = sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+    assert rows.model_mb.to_numpy() == pytest.approx(whole / 1e6)
+    plain, compensated = (rows[rows.compensator == name].degree_mb for name in ("none", "tocom"))
+    assert (plain == 0).all()
+    assert (compensated < rows.model_mb.max()).all()
+    assert "MB of the model; to switch to it takes" in (tmp_path / "serving.md").read_text()
     curve = Curve.read(tmp_path / "curve.csv")
     assert {degree: set(sizes) for degree, sizes in curve.seconds.items()} == dict.fromkeys(DEGREES, {1, 2, 4})
     assert rows.capacity.to_numpy() == pytest.approx(4 / curve.time(0, 4))

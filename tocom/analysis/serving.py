@@ -75,11 +75,23 @@ def table(rows: pd.DataFrame) -> Table:
         f" degree keep up with. In time: answered within {one.deadline_ms:.1f} ms of arrival. {ADAPTIVE}: for each"
         " batch the degree with the best validation accuracy at which all that waits is answered in time, by curve.csv."
         f" {_HOW[one.times]} Means{' ± standard deviations' if several else ''} over {rows.seed.nunique()} seeds of"
-        f" arrivals, the same for all lines. {one.device}."
+        f" arrivals, the same for all lines. {_costs(rows)}{one.device}."
     )
     header = ["compensator", "degree", *(title for title, _ in _COLUMNS.values())]
     count = rows.policy.nunique()
     return Table("Serving a changing load", caption, header, body, "serving", tuple(range(count, len(body), count)))
+
+
+def _costs(rows: pd.DataFrame) -> str:
+    """Return what the caption says of holding and switching degrees, of the last compensator."""
+    if "prepare_ms" not in rows:
+        return ""
+    last = rows.iloc[-1]
+    return (
+        f"{_named(last.compensator).capitalize()}, a degree is prepared in {last.prepare_ms:.1f} ms and holds"
+        f" {last.degree_mb:.2f} MB beside the {last.model_mb:.2f} MB of the model; to switch to it takes"
+        f" {last.switch_us:.0f} µs. "
+    )
 
 
 def draw(rows: pd.DataFrame, lines: pd.DataFrame) -> Figure:

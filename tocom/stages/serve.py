@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -156,6 +157,14 @@ class _Served:
     server: Server
     scores: Mapping[int, float]  # degree -> on validation images
     right: NDArray  # [degrees, test images]
+    model_mb: float  # of all weights (10^6 bytes)
+    degree_mb: float  # of those that one more degree holds
+    prepare_ms: float  # that one more degree takes, the median
+    switch_us: float  # that a degree takes that is prepared, the median
+
+    def costs(self) -> dict[str, float]:
+        """Return what it takes to serve it at several degrees."""
+        return {name: getattr(self, name) for name in ("model_mb", "degree_mb", "prepare_ms", "switch_us")}
 
 
 def serve_bench(
@@ -179,8 +188,8 @@ def serve_bench(
 
     Returns:
         The rows of serving.csv: compensator, policy, seed, requests, batches, met and accuracy and right_in_time
-        (shares of requests), mean_degree, p50_ms and p99_ms (from arrival to answer), busy (share of the time), and
-        the conditions.
+        (shares of requests), mean_degree, p50_ms and p99_ms (from arrival to answer), busy (share of the time), the
+        conditions, and where times are computed, what a further degree takes (:class:`_Served`).
 
     Raises:
         TocomError: a file is missing, corrupt or does not fit the others; the task is not one of classification; a
@@ -219,7 +228,9 @@ def serve_bench(
             replayed = replay(times, deadline, settings.batch_size, choose, serve)
             right = one.right[np.searchsorted(degrees, replayed.degree), drawn]
             about = {"compensator": one.name, "policy": policy, "seed": seed}
-            rows.append(about | summary(replayed, deadline, right) | conditions)
+            rows.append(
+                about | summary(replayed, deadline, right) | conditions | (one.costs() if given is None else {})
+            )
             if seed == settings.seeds[0]:
                 length = sum(length for length, _ in phases)
                 lines += [about | line for line in timeline(replayed, deadline, length)]
@@ -260,13 +271,22 @@ def _prepare(
         model = load_compressed(checkpoint, compensators.get(name), job.evaluate.device)
         scales = {cell["infer_degree"]: cell["scale"] for cell, _ in of_it} | {model.source_degree: 0.0}
         server = Server(model, scales, keep=len(degrees) + 1, precision=job.evaluate.precision)
+        costs = _costs(server, [degree for degree in degrees if degree != model.source_degree], device)
         scores = {
             degree: task.validate(server.at(degree), job.evaluate.batch_size, job.evaluate.precision).score
             for degree in degrees
         }
-        served.append(_Served(name, server, scores, np.stack([right for _, right in of_it])))
+        served.append(_Served(name, server, scores, np.stack([right for _, right in of_it]), *costs))
     model = served[0].server.at(degrees[0])
     return served, model.inputs(task.test_split.images.to(device), model.model)
+
+
+def _costs(server: Server, degrees: Sequence[int], device: torch.device) -> tuple[float, float, float, float]:
+    """Return what degrees that are not prepared yet take; see :class:`_Served`."""
+    before = server.nbytes
+    first, again = ([seconds(partial(server.at, degree), device) for degree in degrees] for _ in range(2))
+    held = (server.nbytes - before) / max(len(degrees), 1)
+    return before / 1e6, held / 1e6, 1e3 * float(np.median(first or 0)), 1e6 * float(np.median(again or 0))
 
 
 def _read(path: str | os.PathLike, degrees: Sequence[int]) -> Curve:
