@@ -8,6 +8,8 @@ import torch
 from tests.small import build, refusal
 from tocom import CompressedViT, exports, load_part
 from tocom.exports import export
+from tocom.methods import PARTS
+from tocom.parts import part_class
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -57,6 +59,13 @@ def test_every_degree_gives_the_logits_of_the_model_for_any_size_of_a_batch(
     assert (said["compensator"] is not None) == compensated
     assert said["input"]["mean"] == list(vit.model.pretrained_cfg["mean"])
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("kind", [k for k in PARTS["compressor"] if "images" in part_class("compressor", k).reads])
+@torch.no_grad()
+def test_every_compressor_for_images_is_exported_for_any_size_of_a_batch(kind, tmp_path):
+    vit = CompressedViT(build(), kind, max_degree=8).eval().set_degree(4)
+    assert export(vit, tmp_path / "vit.pt2").relative < 1e-5
 
 
 @torch.no_grad()
