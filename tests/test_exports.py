@@ -61,6 +61,7 @@ def test_every_degree_gives_the_logits_of_the_model_for_any_size_of_a_batch(
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [k for k in PARTS["compressor"] if "images" in part_class("compressor", k).reads])
 @torch.no_grad()
 def test_every_compressor_for_images_is_exported_for_any_size_of_a_batch(kind, tmp_path):

@@ -344,6 +344,11 @@ class ServeSettings(Settings):
         3.0, gt=0, description="what a request may take, in times of a full batch at the lowest degree"
     )
     seeds: tuple[Natural, ...] = Field((0, 1, 2), min_length=1, description="of arrivals; a replay each")
+    times: Literal["computed", "curve"] = Field(
+        "computed",
+        description="what batches take. computed: what each does as it is computed; curve: what was measured"
+        " beforehand, which settles on a busy machine",
+    )
     repeats: Positive = Field(40, description="rounds that measure the curve; every degree and size takes a turn")
     quantile: float = Field(0.9, gt=0, lt=1, description="which of the measured times a budget has to cover")
 

@@ -231,6 +231,17 @@ def test_batches_are_computed_and_their_time_moves_the_clock(checkpoint, digits,
     assert rows.capacity.to_numpy() == pytest.approx(4 / curve.time(0, 4))
 
 
+def test_a_curve_that_was_measured_gives_what_the_same_curve_from_its_file_gives(
+    checkpoint, digits, compensator, tmp_path
+):
+    short = {"seeds": (0,), "phases": ((0.03, 0.5), (0.02, 1.5))}
+    measured = run(checkpoint, digits, compensator, tmp_path / "a", times="curve", **short)
+    assert set(measured.times) == {"curve"}
+    again = run(checkpoint, digits, compensator, tmp_path / "b", tmp_path / "a" / "curve.csv", **short)
+    same = [column for column in again.columns if column != "times"]
+    pd.testing.assert_frame_equal(measured[same], again[same])
+
+
 def test_what_cannot_be_replayed_is_refused_before_anything_is_written(
     checkpoint, backbone, digits, compensator, curve, tmp_path
 ):

@@ -29,6 +29,7 @@ _WITH_SPREAD = ("met", "accuracy", "right_in_time")
 #: Where the seconds of batches come from -> what the caption says of it.
 _HOW = {
     "computed": "Every batch was computed, and what it took moved the clock.",
+    "curve": "What batches take was measured beforehand, side by side (curve.csv), and does not vary in a replay.",
     "given": "What batches take was read off a given curve; nothing was timed.",
 }
 #: The policy that chooses a degree for each batch; others are named by their degree.

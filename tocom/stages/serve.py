@@ -189,7 +189,7 @@ def serve_bench(
     Returns:
         The rows of serving.csv: compensator, policy, seed, requests, batches, met and accuracy and right_in_time
         (shares of requests), mean_degree, p50_ms and p99_ms (from arrival to answer), busy (share of the time), the
-        conditions, and where times are computed, what a further degree takes (:class:`_Served`).
+        conditions, and where no curve was given, what a further degree takes (:class:`_Served`).
 
     Raises:
         TocomError: a file is missing, corrupt or does not fit the others; the task is not one of classification; a
@@ -199,10 +199,13 @@ def serve_bench(
     make_deterministic(job.evaluate.threads)
     device = pick_device(job.evaluate.device)
     served, images = _prepare(job, degrees, checkpoint, data, compensators, device)
-    given = None if curve is None else _read(curve, degrees)
     sizes = sorted({1, *(2**n for n in range(settings.batch_size.bit_length())), settings.batch_size})
-    measured = given or served[0].server.measure(degrees, sizes, settings.repeats, settings.quantile)
-    full = measured.time(degrees[0], settings.batch_size)
+    if curve is None:
+        times = served[0].server.measure(degrees, sizes, settings.repeats, settings.quantile)
+    else:
+        times = _read(curve, degrees)
+    is_paper = curve is not None or settings.times == "curve"
+    full = times.time(degrees[0], settings.batch_size)
     deadline, capacity = settings.deadline * full, settings.batch_size / full
     phases = [(length, load * capacity) for length, load in settings.phases]
     conditions = {
@@ -211,33 +214,30 @@ def serve_bench(
         "capacity": capacity,
         "batch_size": settings.batch_size,
         "phases": "; ".join(f"{length:g} s at {load:g}" for length, load in settings.phases),
-        "times": "computed" if given is None else "given",
+        "times": "given" if curve is not None else settings.times,
         "device": device_name(device),
     }
     rows, lines = [], []
     policies = {str(degree): degree for degree in degrees} | {ADAPTIVE: None}
+    requests = {seed: _requests(phases, len(images), seed) for seed in settings.seeds}
     with bar(None, "serve", total=len(settings.seeds) * len(policies) * len(served)) as progress:
         for seed, policy, one in product(settings.seeds, policies, served):
-            times = arrivals(phases, seed)
-            if not len(times):
-                raise TocomError(f"no request arrives with seed {seed}; give phases that are longer or of more load")
-            drawn = np.random.default_rng(derive_seed(seed, "images")).integers(len(images), size=len(times))
-            curve = Curve(measured.seconds, one.scores)
-            choose = adaptive(curve, settings.batch_size) if policy == ADAPTIVE else fixed(policies[policy])
-            serve = computed(one.server, images[torch.from_numpy(drawn)], device) if given is None else on_paper(given)
-            replayed = replay(times, deadline, settings.batch_size, choose, serve)
+            arriving, drawn = requests[seed]
+            best = adaptive(Curve(times.seconds, one.scores), settings.batch_size)
+            choose = best if policy == ADAPTIVE else fixed(policies[policy])
+            serve = on_paper(times) if is_paper else computed(one.server, images[torch.from_numpy(drawn)], device)
+            replayed = replay(arriving, deadline, settings.batch_size, choose, serve)
             right = one.right[np.searchsorted(degrees, replayed.degree), drawn]
             about = {"compensator": one.name, "policy": policy, "seed": seed}
-            rows.append(
-                about | summary(replayed, deadline, right) | conditions | (one.costs() if given is None else {})
-            )
+            costs = one.costs() if curve is None else {}
+            rows.append(about | summary(replayed, deadline, right) | conditions | costs)
             if seed == settings.seeds[0]:
                 length = sum(length for length, _ in phases)
                 lines += [about | line for line in timeline(replayed, deadline, length)]
             progress.update()
     write_rows(rows, output / "serving.csv")
     write_rows(lines, output / "timeline.csv")
-    measured.write(output / "curve.csv")
+    times.write(output / "curve.csv")
     write_report(output)
     return rows
 
@@ -279,6 +279,14 @@ def _prepare(
         served.append(_Served(name, server, scores, np.stack([right for _, right in of_it]), *costs))
     model = served[0].server.at(degrees[0])
     return served, model.inputs(task.test_split.images.to(device), model.model)
+
+
+def _requests(phases: Sequence[tuple[float, float]], n_images: int, seed: int) -> tuple[NDArray, NDArray]:
+    """Return when requests arrive, and which image each is for."""
+    arriving = arrivals(phases, seed)
+    if not len(arriving):
+        raise TocomError(f"no request arrives with seed {seed}; give phases that are longer or of more load")
+    return arriving, np.random.default_rng(derive_seed(seed, "images")).integers(n_images, size=len(arriving))
 
 
 def _costs(server: Server, degrees: Sequence[int], device: torch.device) -> tuple[float, float, float, float]:
