@@ -1,5 +1,11 @@
 """Small models with weights large enough to matter, and the merging of method.md written as loops."""
 
+import hashlib
+import http.server
+import threading
+import types
+
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -163,6 +169,54 @@ def compensator(backbone, tmp_path_factory):
     path = tmp_path_factory.mktemp("compensator") / "tome.safetensors"
     teach(backbone, path)
     return path
+
+
+# --- the Hub of models ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A server that answers as the Hub does, with the files put into its ``files``: (revision, name) -> path."""
+    commits, files, asked = {"main": "a" * 40, "b" * 40: "b" * 40}, {}, []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.answer()
+
+        def do_GET(self):
+            self.answer()
+
+        def answer(self):
+            owner, repository, _, revision, name = self.path.lstrip("/").split("/")
+            asked.append((self.command, f"{owner}/{repository}", revision, name))
+            commit = commits.get(revision)
+            content = files[commit, name].read_bytes() if (commit, name) in files else None
+            self.send_response(200 if content is not None else 404)
+            if commit is None:
+                self.send_header("X-Error-Code", "RevisionNotFound")
+            elif content is None:
+                self.send_header("X-Error-Code", "EntryNotFound")
+            self.send_header("X-Repo-Commit", commit or "")
+            self.send_header("ETag", '"' + hashlib.sha256(content or b"").hexdigest() + '"')
+            self.send_header("Content-Length", str(len(content or b"")))
+            self.end_headers()
+            if self.command == "GET" and content is not None:
+                self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    yield types.SimpleNamespace(files=files, asked=asked)
+    server.shutdown()
+    server.server_close()
 
 
 def pytest_collection_modifyitems(items):

@@ -19,7 +19,7 @@ from tocom.methods import PARTS
 
 COMMANDS = ["prepare", "backbone", "pretrain", "learn", "finetune", "evaluate", "transfer", "throughput", "benchmark",
             "import", "info", "models", "methods", "tasks", "settings", "check", "schema", "study", "plan", "data",
-            "analyse", "init"]  # fmt: skip
+            "analyse", "init", "serve-bench", "export"]  # fmt: skip
 TUNE = json.dumps({"settings": QUICK, "max_degree": 4})
 
 
@@ -111,6 +111,25 @@ def test_a_study_by_hand_from_images_to_cells(backbone, tmp_path):
     assert "degree 5 is out of range" in fails("evaluate", json.dumps(job), above, *files)
     assert not (tmp_path / "no").exists()
     assert "train_degree" in works("info", models / "train-4_seed-0.safetensors")
+
+
+def test_a_model_is_served_and_exported(backbone, digits, compensator, tmp_path):
+    model, _ = tune(backbone, digits, tmp_path)
+    curve, out = tmp_path / "curve.csv", tmp_path / "serving"
+    curve.write_text("degree,batch_size,seconds\n0,4,0.4\n4,4,0.2\n")
+    files = ["--checkpoint", model, "--data", digits, "--compensator", f"tocom={compensator}", "--curve", curve]
+    sets = ["--set=degrees=[0,4]", "--set=evaluate.device=cpu", "--set=settings.phases=[[9,0.5],[9,1.5]]"]
+    printed = works("serve-bench", *files, *sets, "--set=settings.batch_size=4", "-o", out)
+    assert printed.rstrip("\n") == (out / "serving.md").read_text().rstrip("\n")
+    assert "unknown key 'settings.phase'" in fails(
+        "serve-bench", *files, "--set=settings.phase=1", "-o", tmp_path / "no"
+    )
+    export = ["export", model, "--compensator", compensator, "--degree"]
+    status, _, said = tocom(*export, 4, "-o", tmp_path / "model.pt2")
+    assert status == 0
+    assert "degree 4, largest difference" in said
+    assert "degree 5 is out of range" in fails(*export, 5, "-o", tmp_path / "no")
+    assert not (tmp_path / "no").exists()
 
 
 def test_backbones_are_imported_and_pre_trained(tmp_path):

@@ -1,7 +1,8 @@
 """Files and configs that are meant to do harm: each is refused in one line, quickly, with nothing run and nothing left.
 
 What tests of single readers hold is not here again: archives (data/test_unpack.py), damaged images
-(data/test_images.py), pickles in disguise (test_files.py), keys given twice (test_checks.py). test_fuzz.py tries what nobody thought of.
+(data/test_images.py), pickles in disguise (test_files.py), keys given twice (test_checks.py). test_fuzz.py tries what
+nobody thought of.
 """
 
 import io

@@ -261,6 +261,52 @@ def benchmark(
     say(f"{output / 'benchmark.md'}: of {len(status)} lines, {counts}")
 
 
+@app.command("serve-bench")
+def serve_bench(
+    checkpoint: Annotated[Path, typer.Option(help="A fine-tuned model.")],
+    data: DataOption,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for CSV files, a table and a figure.")],
+    job: JobArgument = "{}",
+    compensator: Compensators = None,
+    curve: Annotated[
+        Optional[Path], typer.Option(help="What batches take (a curve.csv); nothing is timed then.")
+    ] = None,
+    sets: Sets = None,
+) -> None:
+    """Replay a changing load against fixed degrees and the adaptive choice: deadlines met, accuracy kept."""
+    from tocom.jobs import ServeJob, read_job
+    from tocom.stages.serve import serve_bench as stage
+
+    it = read_job(ServeJob, job, sets or ())
+    stage(it, checkpoint, data, pairs(compensator, "--compensator"), output, curve)
+    typer.echo((output / "serving.md").read_text(encoding="utf-8"))
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A fine-tuned model, or a backbone.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="File to write: .onnx, or .pt2 for torch.export.")],
+    degree: Annotated[Optional[int], typer.Option(help="Degree; by default the one it was trained at.")] = None,
+    compensator: Annotated[Optional[str], typer.Option(help="A compensator's file, which is folded in.")] = None,
+    scale: Annotated[Optional[float], typer.Option(help="Factor on its update; by default as it was learned.")] = None,
+    batch_size: Annotated[Optional[int], typer.Option(min=1, help="The only size of a batch; else any.")] = None,
+    tolerance: Annotated[
+        float, typer.Option(min=0, help="Largest difference from the model, of the largest logit, to keep the file.")
+    ] = 1e-4,
+) -> None:
+    """Write a model at one degree as a program for ONNX runtimes or torch.export, and compare it with the model."""
+    from tocom.exports import export as written
+    from tocom.serving import load_compressed
+
+    model = load_compressed(checkpoint, compensator, "cpu")
+    model.set_degree(model.degree if degree is None else degree, scale)
+    found = written(model, output, batch_size, tolerance)
+    say(
+        f"{output}: degree {model.degree}, largest difference {found.largest:.2g}, {found.relative:.1g} of the largest"
+        " logit"
+    )
+
+
 @app.command("import")
 def import_public(
     checkpoint: Annotated[Path, typer.Argument(help="A .pth or .safetensors in the layout of a method's public code.")],

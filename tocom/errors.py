@@ -20,3 +20,8 @@ def suggest(word: str, known) -> str:
 
     close = get_close_matches(str(word), [str(k) for k in known], n=1, cutoff=0.5)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an error of a library says, or its name if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -40,9 +40,8 @@ class Folding:
         for name, delta in deltas.items():
             parameter = model.get_parameter(name)
             originals[name] = parameter.detach().clone()
-            changed = parameter.detach().double() + scale * delta.to(parameter.device).double()
-            parameter.copy_(changed.to(parameter.dtype))
-        setattr(model, _MARK, bool(scale) and any(bool(delta.any()) for delta in deltas.values()))
+            parameter.copy_(changed(parameter, delta, scale))
+        mark(model, bool(scale) and any(bool(delta.any()) for delta in deltas.values()))
         return cls(model, originals)
 
     @torch.no_grad()
@@ -50,7 +49,14 @@ class Folding:
         """Put the original parameters back."""
         for name, original in self.originals.items():
             self.model.get_parameter(name).copy_(original)
-        setattr(self.model, _MARK, False)
+        mark(self.model, False)
+
+
+@torch.no_grad()
+def changed(parameter: Tensor, delta: Tensor, scale: float) -> Tensor:
+    """Return ``parameter + scale * delta``, computed in float64, in the parameter's own type."""
+    wide = parameter.detach().double() + scale * delta.to(parameter.device).double()
+    return wide.to(parameter.dtype)
 
 
 def check_deltas(model: nn.Module, deltas: dict[str, Tensor]) -> None:
@@ -64,6 +70,11 @@ def check_deltas(model: nn.Module, deltas: dict[str, Tensor]) -> None:
                 f"the compensator's change of {name} has shape {list(delta.shape)}, the model's"
                 f" {list(parameters[name].shape)}; learn one for this model"
             )
+
+
+def mark(model: nn.Module, folded: bool) -> None:
+    """Have a model say whether a compensator is folded into its weights."""
+    setattr(model, _MARK, folded)
 
 
 def is_folded(model: nn.Module) -> bool:

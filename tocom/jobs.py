@@ -28,6 +28,7 @@ from tocom.settings import (
     LearnSettings,
     PretrainSettings,
     SegmentSettings,
+    ServeSettings,
     Settings,
     ThroughputSettings,
     explain,
@@ -200,6 +201,14 @@ class ThroughputJob(Job):
     degrees: tuple[int, ...] = Field((0, 8, 16), min_length=1)
     image_size: int | None = Field(None, description="side in pixels; null: the backbone's own")
     settings: ThroughputSettings = ThroughputSettings()
+
+
+class ServeJob(Job):
+    """Replay a changing load against fixed degrees and against degrees that are chosen by it."""
+
+    degrees: tuple[Annotated[int, Field(ge=0)], ...] = Field((0, 6, 10, 12, 14), min_length=1)
+    settings: ServeSettings = ServeSettings()
+    evaluate: EvaluateSettings = EvaluateSettings()
 
 
 S = TypeVar("S", bound=Settings)

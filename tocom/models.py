@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from tocom import lm
 from tocom.bundled import resolve
 from tocom.compressed import Compressed
-from tocom.errors import TocomError, suggest
+from tocom.errors import TocomError, first_line, suggest
 from tocom.files import check_finite, digest, load_metadata, load_tensors, refuse_bomb, save_tensors, understood
 from tocom.files import sha256 as sha256_of
 from tocom.folding import is_folded
 from tocom.gpus import claim
+from tocom.hub import download
 from tocom.made import made
 from tocom.parts import Compressor, describe, is_head, make_part
 from tocom.vit import CompressedViT
@@ -92,7 +93,7 @@ def create(architecture: str, kwargs: dict[str, Any] | None = None, pretrained: 
     try:
         return timm.create_model(architecture, pretrained=pretrained, **(kwargs or {}))
     except Exception as error:
-        raise TocomError(f"timm could not build {architecture!r}: {_first_line(error)}") from error
+        raise TocomError(f"timm could not build {architecture!r}: {first_line(error)}") from error
 
 
 def family_of(model: nn.Module) -> type[Compressed]:
@@ -104,10 +105,6 @@ def _check_name(architecture: str) -> None:
     if not timm.is_model(architecture.split(".")[0]):
         names = [*timm.list_models("*vit*"), *timm.list_models("deit*"), *BUILDERS]
         raise TocomError(f"timm has no model {architecture!r}{suggest(architecture, names)}; see `tocom models`")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 def compressible(pattern: str) -> list[tuple[str, str]]:
@@ -416,26 +413,11 @@ def _full_name(architecture: str) -> str:
 
 def _fetch(architecture: str, revision: str | None) -> tuple[Path, str | None]:
     """Return the file of timm's weights in the Hub's cache, fetched if it is not there, and its commit."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
     cfg = get_pretrained_cfg(architecture)
     if cfg is None or not cfg.hf_hub_id:
         raise TocomError(f"timm names no weights on the Hub for {architecture!r}; give a local file of weights")
     names = (cfg.hf_hub_filename,) if cfg.hf_hub_filename else ("model.safetensors", "pytorch_model.bin")
-    for name in names:
-        try:
-            path = Path(hf_hub_download(cfg.hf_hub_id, name, revision=revision))
-            return path, path.parent.name  # a snapshot's folder is named after its commit
-        except Exception as error:  # the Hub's client raises its own, OS and HTTP errors alike
-            absent = isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError)
-            if absent and name != names[-1]:
-                continue
-            raise TocomError(
-                f"{cfg.hf_hub_id} (revision {revision or 'main'}) cannot be fetched from the Hub"
-                f" ({_first_line(error)}); check the network and the revision, or give a local file of weights"
-            ) from error
-    raise AssertionError("unreachable: the last name either returns or raises")
+    return download(cfg.hf_hub_id, names, revision, "give a local file of weights")
 
 
 def _build(
@@ -552,7 +534,7 @@ def _npz_classes(path: Path) -> int:
             heads = [name for name in arrays.files if name.endswith("head/bias")]
             return len(arrays[heads[0]]) if heads else 0
     except Exception as error:  # zip, value and OS errors alike
-        raise TocomError(f"{path} cannot be read as arrays alone and is refused ({_first_line(error)})") from None
+        raise TocomError(f"{path} cannot be read as arrays alone and is refused ({first_line(error)})") from None
 
 
 def pick_device(device: str = "auto") -> torch.device:

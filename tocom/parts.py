@@ -8,13 +8,16 @@ these base classes and no part by name.
 from __future__ import annotations
 
 import ast
+import json
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from itertools import accumulate
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import torch
@@ -22,9 +25,20 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from tocom import hub
 from tocom.degrees import Degree, counts, limit, token_counts
 from tocom.errors import TocomError, suggest
-from tocom.files import Paths, check_finite, digest, listed, load_metadata, load_tensors, save_tensors, understood
+from tocom.files import (
+    Paths,
+    check_finite,
+    digest,
+    listed,
+    load_metadata,
+    load_tensors,
+    save_tensors,
+    understood,
+    write_text,
+)
 from tocom.methods import PARTS
 from tocom.settings import GFLOPS, DegreeSettings, Settings, explain
 
@@ -103,6 +117,48 @@ class Part(nn.Module):
             whole: avoid shapes that depend on a draw, each of which torch.compile would make a program for.
         """
         raise TocomError(f"{type(self).__name__} has nothing to learn on a backbone")
+
+    def save_pretrained(
+        self, folder: str | os.PathLike, license: str = "unknown", repository: str | None = None
+    ) -> None:
+        """Write a learned part as a repository of the Hugging Face Hub: its file, config.json and a model card.
+
+        :func:`load_part` reads the folder. config.json says what the file's metadata say, for people to look at.
+
+        Args:
+            license: as the Hub names licences, such as apache-2.0. repository: OWNER/NAME, for the card.
+
+        Raises:
+            TocomError: that is no name of a licence, or the folder cannot be written to.
+        """
+        folder, about = Path(folder), about_part(self)
+        text = hub.card(about, self.title, self.trains, self.reference, license, repository)
+        save_part(folder / hub.WEIGHTS, self)
+        write_text(folder / hub.CONFIG, json.dumps(about, indent=2, sort_keys=True) + "\n")
+        write_text(folder / hub.CARD, text)
+
+    def push_to_hub(self, repository: str, license: str = "unknown", private: bool = False) -> str:
+        """Upload what :meth:`save_pretrained` writes, as the user that is logged in; return the repository's address.
+
+        Raises:
+            TocomError: the name or the licence is malformed, or it cannot be uploaded.
+        """
+        hub.check_repository(repository)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, license, repository)
+            return hub.push(Path(folder), repository, private)
+
+    @classmethod
+    def from_pretrained(cls, place: str | os.PathLike) -> Self:
+        """Read a learned part from the Hub (OWNER/NAME, or OWNER/NAME@REVISION), a folder or a file.
+
+        Raises:
+            TocomError: see :func:`load_part`; or it is a part of another class.
+        """
+        part = load_part(place, cls.role)
+        if not isinstance(part, cls):
+            raise TocomError(f"{place} holds a {part.title}, not a {cls.title}; load it as what it is")
+        return part
 
     def summary(self) -> dict[str, Any]:
         """Return JSON-able values that its file is to say of it beside its parameters, for `tocom info` to show."""
@@ -591,19 +647,29 @@ FORMAT = 2
 
 def save_part(path: Any, part: Part) -> None:
     """Write a learned part with all that is needed to build it again, and a hash of its parameters."""
-    tensors = part.state_dict()
+    save_tensors(path, part.state_dict(), about_part(part))
+
+
+def about_part(part: Part) -> dict[str, Any]:
+    """Return what a learned part's file says of it."""
     about = {"format": FORMAT, "kind": part.role, "part": describe(part), "max_degree": part.max_degree}
-    about |= {"shape": part.shape, "sha256": digest(tensors), "compressor": getattr(part, "compressor", None)}
-    save_tensors(path, tensors, part.metadata | about | ({"summary": summary} if (summary := part.summary()) else {}))
+    about |= {"shape": part.shape, "sha256": digest(part.state_dict())}
+    about |= {"compressor": getattr(part, "compressor", None)}
+    return part.metadata | about | ({"summary": summary} if (summary := part.summary()) else {})
 
 
 def load_part(path: Any, role: str) -> Any:
     """Read what :func:`save_part` wrote, in eval mode.
 
+    Args:
+        path: a file, a folder that :meth:`Part.save_pretrained` wrote, or OWNER/NAME or OWNER/NAME@REVISION on the Hub.
+
     Raises:
-        TocomError: the file is missing, corrupt or of another kind, or its hash is wrong.
+        TocomError: the file is missing, corrupt or of another kind, or its hash is wrong; a repository cannot be
+            fetched, or asks for a class that is not this package's.
     """
-    tensors, about = load_tensors(path)
+    file, is_remote = hub.locate(path)
+    tensors, about = load_tensors(file)
     if about.get("kind") != role:
         raise TocomError(f"{path} holds {about.get('kind', 'something else')}, not a {role}; check the path")
     if about.get("format") != FORMAT:
@@ -612,6 +678,9 @@ def load_part(path: Any, role: str) -> Any:
     with understood(path):
         if digest(tensors) != about["sha256"]:
             raise TocomError(f"{path} is corrupt: its parameters do not match their hash; make it again")
+        kind, _ = _kind_and_options(about["part"])
+        if is_remote and kind not in PARTS[role]:  # to import what a stranger names would run it
+            raise TocomError(f"{path} asks for {kind!r}, which is not this package's; read it, and load it from a file")
         shape, spec = Shape(*about["shape"]) if about["shape"] else None, described(role, about["part"])
         _check_declared(path, shape, spec, about["max_degree"], tensors)
         part = make_part(role, spec, shape, about["max_degree"])
@@ -620,7 +689,7 @@ def load_part(path: Any, role: str) -> Any:
         part.load_state_dict(tensors)
     except RuntimeError as error:
         reason = str(error).splitlines()[-1].strip()
-        raise TocomError(f"{path} does not fit {spec['kind']!r} of this version: {reason}") from None
+        raise TocomError(f"{path} does not fit {kind!r} of this version: {reason}") from None
     own = ("format", "kind", "part", "max_degree", "shape", "sha256", "compressor", "summary")
     part.metadata = {key: value for key, value in about.items() if key not in own}
     if role == "compensator":

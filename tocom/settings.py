@@ -22,6 +22,8 @@ GFLOPS = "GFLOPs"
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Seconds = Annotated[float, Field(gt=0)]
+Share = Annotated[float, Field(ge=0)]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$")]
 
 
@@ -330,6 +332,27 @@ class BenchmarkSettings(Settings):
     device: Device = Field("cuda", description="auto, cpu, cuda or cuda:N")
 
 
+class ServeSettings(Settings):
+    """What load `tocom serve-bench` replays, and what has to be kept under it."""
+
+    phases: Annotated[tuple[tuple[Seconds, Share], ...], Field(min_length=1)] = Field(
+        ((2.0, 0.5), (2.0, 1.4), (2.0, 0.5)),
+        description="[seconds, load] of each phase; a load of 1 is what full batches at the lowest degree keep up with",
+    )
+    batch_size: Positive = Field(16, description="most images a batch; it begins with what waits, and waits for none")
+    deadline: float = Field(
+        3.0, gt=0, description="what a request may take, in times of a full batch at the lowest degree"
+    )
+    seeds: tuple[Natural, ...] = Field((0, 1, 2), min_length=1, description="of arrivals; a replay each")
+    times: Literal["computed", "curve"] = Field(
+        "computed",
+        description="what batches take. computed: what each does as it is computed; curve: what was measured"
+        " beforehand, which settles on a busy machine",
+    )
+    repeats: Positive = Field(40, description="rounds that measure the curve; every degree and size takes a turn")
+    quantile: float = Field(0.9, gt=0, lt=1, description="which of the measured times a budget has to cover")
+
+
 #: pydantic's types of errors -> our words for them.
 _WORDS = {
     "greater_than_equal": "give {ge} or more",
@@ -392,4 +415,5 @@ STAGES: dict[str, type[Settings]] = {
     "evaluate": EvaluateSettings,
     "throughput": ThroughputSettings,
     "benchmark": BenchmarkSettings,
+    "serve": ServeSettings,
 }
