@@ -135,16 +135,16 @@ def test_code_is_another_where_a_number_may_be_and_the_same_after_an_edit_of_wor
 
 def test_the_file_of_a_part_counts_and_so_do_those_that_it_builds_on(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    file = tmp_path / "own_compressor_of_this_test.py"
+    file = tmp_path / "own_compressor_that_is_hashed.py"
     file.write_text("from tocom.methods.tome import ToMe\n\nclass Own(ToMe):\n    pass\n")
     monkeypatch.syspath_prepend(tmp_path)
-    part = make_part("compressor", "own_compressor_of_this_test:Own")
+    part = make_part("compressor", "own_compressor_that_is_hashed:Own")
     before = code([part])
-    assert {"package", "own_compressor_of_this_test", "tocom.methods.tome"} == set(before)
+    assert {"package", "own_compressor_that_is_hashed", "tocom.methods.tome"} == set(before)
     file.write_text(file.read_text() + "    x = 1\n")
     module._essence.cache_clear()
     after = code([part])
-    assert {name for name in before if before[name] != after[name]} == {"own_compressor_of_this_test"}
+    assert {name for name in before if before[name] != after[name]} == {"own_compressor_that_is_hashed"}
 
 
 def test_a_job_is_told_by_its_settings_but_not_by_which_models_it_is_about():
