@@ -131,10 +131,10 @@ def _over_time(load, met, lines: pd.DataFrame) -> None:
     load.set(xlabel="time of arrival (s)", ylabel="images a second arriving (grey)")
     degree = load.twinx()
     degree.step(chosen.time, chosen.degree, where="post", color="black")
-    degree.set(ylabel="mean degree chosen (black)", ylim=(-0.5, None))
+    degree.set(ylabel="mean degree chosen (black)", ylim=(-0.5, max(map(int, policies[:-1])) + 0.5))
     degree.grid(False)
     for policy, look in zip((policies[0], policies[-2], ADAPTIVE), (":", "--", "-"), strict=True):
         of_it, label = lines[lines.policy == policy], policy if policy == ADAPTIVE else f"degree {policy}"
         met.step(of_it.time, 100 * of_it.met, where="post", color="black", linestyle=look, label=label)
-    met.set(xlabel="time of arrival (s)", ylabel="answered in time (%)", title="Deadlines")
+    met.set(xlabel="time of arrival (s)", ylabel="answered in time (%)", title="Deadlines", ylim=(-3, 103))
     met.legend(fontsize=8)
