@@ -104,7 +104,8 @@ def _said(path: Path) -> tuple[str, list[Input]]:
         for name, value in sums.items():
             file, fetched = path.parent / name, path.parent.name
             if not file.is_file() or hashed(file) != value:
-                raise TocomError(f"{file} is missing or was changed; run `tocom data fetch {fetched} --force`")
+                command = f"tocom data fetch {fetched} --root {path.parents[1]} --force"
+                raise TocomError(f"{file} is missing or was changed; run `{command}`")
         return f"{len(sums)} files, all as they were fetched", []
     place = sums_of(path)
     if place is None:

@@ -217,10 +217,9 @@ class Driver:
     def fill_disk(self) -> None:
         """Run on a disk that takes only small files."""
         status, printed = self.run(limit=DISK)
-        full = len(re.findall("tocom: error: cannot write .*free some space", printed))
-        self.faults += [Fault("disk full", "a job", noticed=True)] * (1 if full else 0)
-        if status and not full and not TOLD.search(printed):
-            raise RuntimeError(f"a full disk made another error:\n{printed[-3000:]}")
+        full = "free some space" in printed
+        if full or (status and not TOLD.search(printed)):
+            self.faults.append(Fault("disk full", "a job", noticed=full))
         self.heal(printed)
 
     # --- faults in files ----------------------------------------------------------------------------------------
@@ -250,7 +249,7 @@ class Driver:
         if not there:
             return
         path = self.random.choice(there)
-        data = bytearray(path.read_bytes())
+        data, clock = bytearray(path.read_bytes()), path.stat()
         if kind == "file removed":
             path.unlink()
         else:
@@ -259,6 +258,8 @@ class Driver:
             if kind == "byte flipped" and data:
                 changed[place] ^= 1 << self.random.randrange(8)
             path.write_bytes(changed)
+            if kind == "byte flipped":  # as a disk does it, of which Snakemake learns nothing
+                os.utime(path, ns=(clock.st_atime_ns, clock.st_mtime_ns))
         left = path.stat().st_ino if path.exists() else 0
         self.faults.append(Fault(kind, path.relative_to(self.folder).as_posix(), left=left))
 
