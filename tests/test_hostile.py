@@ -1,7 +1,8 @@
 """Files and configs that are meant to do harm: each is refused in one line, quickly, with nothing run and nothing left.
 
 What tests of single readers hold is not here again: archives (data/test_unpack.py), damaged images
-(data/test_images.py), pickles in disguise (test_files.py), keys given twice (test_checks.py). test_fuzz.py tries what nobody thought of.
+(data/test_images.py), pickles in disguise (test_files.py), keys given twice (test_checks.py). test_fuzz.py tries what
+nobody thought of.
 """
 
 import io
@@ -52,8 +53,8 @@ def here(tmp_path, monkeypatch):
 
 
 def refused(function, *arguments, **options):
-    """Return the line with which something is refused, in bounded time (of a busy machine) and memory."""
-    with confined(Path.cwd(), seconds=60, megabytes=1000):
+    """Return the line with which something is refused, in bounded time and memory."""
+    with confined(Path.cwd(), seconds=10, megabytes=1000):
         return refusal(function, *arguments, **options)
 
 
