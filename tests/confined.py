@@ -45,7 +45,7 @@ def confined(folder, seconds=20, megabytes=1500):
     """Fail if the block takes too long, takes too much memory, or starts a program or changes a file out of a folder.
 
     Args:
-        folder: beside it, the system's temporary folder may be used. seconds: of the processor's time; a hundred times as
+        folder: beside it, the temporary folder may be used. seconds: of the processor's time; a hundred times as
             many may pass, for who waits for what never comes uses none. megabytes: beyond what the process has.
     """
 
