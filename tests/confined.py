@@ -45,23 +45,29 @@ def confined(folder, seconds=20, megabytes=1500):
     """Fail if the block takes too long, takes too much memory, or starts a program or changes a file out of a folder.
 
     Args:
-        megabytes: of memory beyond what the process has. folder: beside it, the system's temporary folder may be used.
+        folder: beside it, the temporary folder may be used. seconds: of the processor's time; a hundred times as
+            many may pass, for who waits for what never comes uses none. megabytes: beyond what the process has.
     """
 
     def late(*_):
         raise AssertionError(f"it takes more than {seconds} seconds")
 
     has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    limits, handler = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, late)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    timers = {signal.ITIMER_PROF: (signal.SIGPROF, seconds), signal.ITIMER_REAL: (signal.SIGALRM, 100 * seconds)}
+    handlers = {number: signal.signal(number, late) for number, _ in timers.values()}
     _seen.clear()
     _allowed.extend(Path(os.path.realpath(place)) for place in (folder, tempfile.gettempdir()))
     resource.setrlimit(resource.RLIMIT_AS, (has + megabytes * 2**20, limits[1]))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    for timer, (_, limit) in timers.items():
+        signal.setitimer(timer, limit)
     try:
         yield
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
+        for timer in timers:
+            signal.setitimer(timer, 0)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         resource.setrlimit(resource.RLIMIT_AS, limits)
         _allowed.clear()
     assert not _seen, _seen

@@ -381,7 +381,7 @@ def table():
             "### Inputs tried on every reader of files",
             "",
             "`make fuzz`: valid files with a few edits, or random bytes. Each gave a result or one line, started no",
-            "program, wrote nowhere else and stayed within 20 seconds and 1.5 GB.",
+            "program, wrote nowhere else and stayed within 20 seconds of the processor and 1.5 GB.",
             "",
             "| reader | inputs tried | of them refused | seconds |",
             "| --- | ---: | ---: | ---: |",

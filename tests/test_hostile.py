@@ -53,8 +53,8 @@ def here(tmp_path, monkeypatch):
 
 
 def refused(function, *arguments, **options):
-    """Return the line with which something is refused, in bounded time (of a busy machine) and memory."""
-    with confined(Path.cwd(), seconds=60, megabytes=1000):
+    """Return the line with which something is refused, in bounded time and memory."""
+    with confined(Path.cwd(), seconds=10, megabytes=1000):
         return refusal(function, *arguments, **options)
 
 

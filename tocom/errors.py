@@ -5,12 +5,13 @@ class TocomError(Exception):
     """A problem with what the user gave: one line that names the cause and the fix.
 
     The command line prints it without a traceback and exits with status 1. What it quotes of files and their names
-    cannot break the line, nor reach a terminal as control characters.
+    cannot break the line, nor make it endless, nor reach a terminal as control characters.
     """
 
     def __str__(self) -> str:
         """Return it on one line."""
-        text = " ".join(super().__str__().split())
+        words = super().__str__().split()
+        text = " ".join(word if len(word) < 500 else f"{word[:200]}...{word[-100:]}" for word in words)
         return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

@@ -32,8 +32,9 @@ def opened(path: str | os.PathLike):
     try:
         if not Path(path).is_file():  # a pipe would wait for ever
             raise OSError("it is no file" if os.path.lexists(path) else "there is no such file")
-        Image.init()
-        with Image.open(path, formats=[name for name in Image.ID if name not in _NOT_READ]) as image:
+        with Image.open(path) as image:
+            if image.format in _NOT_READ:
+                raise OSError(f"{image.format} is not read")
             yield image
     except TocomError:
         raise

@@ -143,6 +143,8 @@ def _split_real(task: Task, sizes: Mapping[str, int], seed: int = 0) -> dict[str
     needed = sizes["train"] + sizes["val"]
     if needed >= len(labels):
         raise TocomError(f"{task.source} has {len(labels)} images, too few for {needed} to train and choose on")
+    if min(sizes["train"], sizes["val"]) < task.classes:
+        raise TocomError(f"{task.source} has {task.classes} classes; give data.train and data.val at least as many")
     splits = {}
     for split in SPLITS:
         wanted = min(sizes[split], len(rest))
