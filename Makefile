@@ -8,7 +8,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 
-.PHONY: reproduce console check test slow studies lock reference backbone clean help
+.PHONY: reproduce console check test slow bench studies lock reference backbone clean help
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -46,6 +46,12 @@ test: check  ## Run every check and every test but the slow ones: check, and the
 
 slow: $(VENV)/.test  ## Run what is slow by nature: kills of the workflow, a real Slurm, a fake Kubernetes
 	pytest -m slow
+
+# Of a GPU: tocom benchmark, without any of these.
+BENCH ?= --device cpu --training deit_small_patch16_224 --set batch_size=8 --set seconds=20 --set threads=2
+
+bench: $(VENV)/.run  ## Measure speed and memory beside an eager reference, some 15 minutes on two quiet cores
+	tocom benchmark $(BENCH)
 
 lock:  ## Pin the newest versions that requirements/*.in allow
 	for name in bootstrap run test; do \

@@ -183,13 +183,13 @@ def attend(attention: Attention) -> Tensor:
     (batch, heads, n, width), keys = q.shape, k.shape[2]
     # torch's fused kernel takes twice as long as these three operations in bfloat16 on a CPU (docs/speed.md).
     written_out = q.device.type == "cpu" and q.dtype == torch.bfloat16 and batch * heads * n * keys <= WRITTEN_OUT
-    if not written_out or torch.is_grad_enabled():
+    if not written_out:
         return F.scaled_dot_product_attention(q, k, v, attention.bias, dropout_p=attention.dropout)
     q, k, v = (x.reshape(batch * heads, -1, width) for x in (q, k, v))
     bias = q.new_zeros(1) if attention.bias is None else attention.bias.to(q.dtype)
     bias = bias.expand(batch, heads, 1, keys).reshape(-1, 1, keys)
     weights = torch.baddbmm(bias, q, k.mT, beta=int(attention.bias is not None), alpha=attention.scale).softmax(-1)
-    return (weights @ v).view(batch, heads, n, width)
+    return (F.dropout(weights, attention.dropout) @ v).view(batch, heads, n, width)
 
 
 class Compressor(Part):
