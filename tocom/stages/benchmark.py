@@ -6,8 +6,11 @@ What is measured, :mod:`tocom.stages.works`, :mod:`tocom.stages.overheads` and t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -81,16 +84,14 @@ def measure(
     Returns:
         The measured columns of every degree; of one that does not fit into the device's memory, the status alone.
     """
-    highest = max(1, *degrees)
+    works = within_memory(device, _works, subject, stage, max(1, *degrees), settings, device)
     memory = {
-        (variant, degree): within_memory(
-            device, _memory_mb, partial(make, subject, stage, variant, highest, settings, device), degree, device
-        )
-        for variant in (OWN, EAGER)
+        (name, degree): within_memory(device, _memory_mb, works[name], degree, device) if works else None
+        for name in (OWN, EAGER)
         for degree in degrees
     }
     fitting = [degree for degree in degrees if None not in (memory[OWN, degree], memory[EAGER, degree])]
-    times = (within_memory(device, _times, subject, stage, fitting, settings, device) if fitting else None) or {}
+    times = (within_memory(device, _times, works, stage, fitting, settings, device) if fitting else None) or {}
     costs = _gflops(subject, degrees)
     peak = None if settings.precision == "fp16" else matrix_rate(settings.precision, device)
     found = []
@@ -115,20 +116,19 @@ def _variants(stage: str, settings: BenchmarkSettings) -> tuple[str, ...]:
     return tuple(name for name in VARIANTS[stage] if settings.precision != "fp32" or name != EAGER_FP32)
 
 
+def _works(
+    subject: Subject, stage: str, highest: int, settings: BenchmarkSettings, device: torch.device
+) -> dict[str, Work]:
+    return {name: make(subject, stage, name, highest, settings, device) for name in _variants(stage, settings)}
+
+
 def _times(
-    subject: Subject, stage: str, degrees: Sequence[int], settings: BenchmarkSettings, device: torch.device
+    works: dict[str, Work], stage: str, degrees: Sequence[int], settings: BenchmarkSettings, device: torch.device
 ) -> dict[tuple[str, int | None], np.ndarray]:
     """Return the seconds of every round [rounds] by (variant, degree); timm's degree is None."""
-    highest = max(1, *degrees)
-    works = {name: make(subject, stage, name, highest, settings, device) for name in _variants(stage, settings)}
     if stage == "evaluation" and device.type == "cuda":
-        works[CAPTURED] = captured(make(subject, stage, UNFOLDED, highest, settings, device), degrees, device)
-    return _in_turns(works, degrees, settings, device)
-
-
-def _in_turns(
-    works: dict[str, Work], degrees: Sequence[int], settings: BenchmarkSettings, device: torch.device
-) -> dict[tuple[str, int | None], np.ndarray]:
+        with _reported("CUDA graphs"):
+            works = works | {CAPTURED: captured(works[UNFOLDED], degrees, device)}
     keys = [(name, degree) for name in works for degree in ((None,) if name == TIMM else degrees)]
 
     def prepare(key: tuple[str, int | None]) -> None:
@@ -136,6 +136,15 @@ def _in_turns(
             works[key[0]].set_degree(key[1])
 
     return side_by_side({key: works[key[0]].run for key in keys}, settings, device, prepare, settings.seconds)
+
+
+@contextmanager
+def _reported(what: str) -> Iterator[None]:
+    """Go on without what a version of torch or a device cannot do, and say so."""
+    try:
+        yield
+    except (RuntimeError, subprocess.SubprocessError) as error:
+        print(f"tocom benchmark: without {what}: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
 
 
 def measure_compiled(
@@ -152,12 +161,22 @@ def measure_compiled(
     for _ in range(3):
         compiled.run()
     works[COMPILED] = captured(compiled, [degree], device) if stage == "evaluation" else compiled
-    times = _in_turns(works, [degree], settings, device)
+    times = _times(works, "", [degree], settings, device)
     return _spread("compiled_over_eager", times[COMPILED, degree] / times[EAGER, degree])
 
 
-def _memory_mb(make: Callable[[], Work], degree: int, device: torch.device) -> float:
-    work = make()
+def _add_compiled(rows: dict, subject: Subject, settings: BenchmarkSettings, device, write: Callable) -> None:
+    """Add what :func:`measure_compiled` finds to the rows of a backbone in bfloat16."""
+    chosen = settings.model_copy(update={"precision": "bf16"})
+    for stage in ("evaluation", "fine-tuning"):
+        row = rows.get(("bf16", subject.architecture, stage, COMPILED_DEGREE), {})
+        if row.get("status") == MEASURED:
+            with _reported(f"torch.compile of {stage}"):
+                row |= measure_compiled(subject, stage, COMPILED_DEGREE, chosen, device)
+                write()
+
+
+def _memory_mb(work: Work, degree: int, device: torch.device) -> float:
     work.set_degree(degree)
     work.run()  # makes the optimizer's state
     work.module.zero_grad()
@@ -183,7 +202,8 @@ def _spread(name: str, values: np.ndarray) -> dict[str, float]:
 
 
 def _gflops(subject: Subject, degrees: Sequence[int]) -> dict[int, float]:
-    vit = subject.vit(torch.device("cpu")).eval()
+    with torch.device("meta"):
+        vit = subject.vit(torch.device("meta")).eval()
     return {degree: gflops(vit.set_degree(degree)) for degree in {0, *degrees}}
 
 
@@ -273,22 +293,24 @@ def benchmark(
         return write()
     # Half precision, evaluation and the largest backbone first: a machine may be lent for minutes.
     ordered = sorted(groups, key=lambda it: (it[0] == "fp32", it[2] != "evaluation", -backbones.index(it[1])))
-    for group in bar(ordered, "benchmark"):
-        precision, name, stage = group
-        chosen = settings.model_copy(update={"precision": precision})
-        for degree, figures in zip(degrees, measure(subjects[name], stage, degrees, chosen, device), strict=True):
-            rows[(*group, degree)] |= figures
-        write()
-    for figures in overheads.measure(settings, device):
-        found.append(figures)
-        write()
-    if device.type == "cuda" and COMPILED_DEGREE in degrees:
-        for stage in ("evaluation", "fine-tuning"):
-            row = rows.get(("bf16", backbones[-1], stage, COMPILED_DEGREE))
-            if row is not None and row["status"] == MEASURED:
-                chosen = settings.model_copy(update={"precision": "bf16"})
-                row |= measure_compiled(subjects[backbones[-1]], stage, COMPILED_DEGREE, chosen, device)
+    halves = [[group for group in ordered if (group[0] == "fp32") == last] for last in (False, True)]
+    with bar(None, "benchmark", total=len(groups)) as progress:
+        for half in halves:
+            for group in half:
+                precision, name, stage = group
+                chosen = settings.model_copy(update={"precision": precision})
+                for degree, figures in zip(
+                    degrees, measure(subjects[name], stage, degrees, chosen, device), strict=True
+                ):
+                    rows[(*group, degree)] |= figures
                 write()
+                progress.update()
+            if device.type == "cuda" and half is halves[0]:
+                _add_compiled(rows, subjects[backbones[-1]], settings, device, write)
+    with _reported("what a study takes beside its passes"):
+        for figures in overheads.measure(settings, device):
+            found.append(figures)
+            write()
     return write()
 
 

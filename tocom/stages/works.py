@@ -69,7 +69,8 @@ class Subject:
         kwargs = {"num_classes": 1000} | self.kwargs if self.head is None else self.kwargs | {"num_classes": 0}
         if self.architecture in BUILDERS:
             kwargs = self.kwargs
-        model = create(self.architecture, kwargs).to(device)
+        with torch.device(device):  # a GPU draws weights much faster
+            model = create(self.architecture, kwargs).to(device)
         return compress(model, {"proportional_attention": self.proportional_attention}, self.compressor)
 
     @property
