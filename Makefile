@@ -9,7 +9,7 @@ BIN := $(CURDIR)/$(VENV)/bin
 export PATH := $(BIN):$(PATH)
 UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python
 
-.PHONY: reproduce console check test slow gpu fuzz faults studies lock reference backbone clean help
+.PHONY: reproduce console check test slow gpu fuzz faults bench studies lock reference backbone clean help
 .DEFAULT_GOAL := help
 
 help:  ## List the targets
@@ -56,6 +56,12 @@ fuzz: $(VENV)/.test  ## Try FUZZ new inputs on every reader of files; the table 
 
 faults: $(VENV)/.test  ## Run the demo, scaled down, through some 60 faults, and compare with an undisturbed run
 	python -m tests.workflow.faults --output results/faults
+
+# Of a GPU: tocom benchmark, without any of these.
+BENCH ?= --device cpu --training deit_small_patch16_224 --set batch_size=8 --set seconds=20 --set threads=2
+
+bench: $(VENV)/.run  ## Measure speed and memory beside an eager reference, some 15 minutes on two quiet cores
+	tocom benchmark $(BENCH)
 
 lock:  ## Pin the newest versions that requirements/*.in allow
 	for name in bootstrap run test; do \

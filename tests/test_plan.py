@@ -295,11 +295,13 @@ def test_rates_of_a_file_are_those_of_the_backbone_size_and_stage(tmp_path):
         {
             "backbone": f"deit_{size}_patch16_224",
             "image_size": 224,
+            "precision": precision,
             "stage": stage,
             "degree": degree,
             "status": "measured",
         }
-        | {"images_per_second": rate * (1 + degree), "device": "some GPU"}
+        | {"images_per_second": slower * rate * (1 + degree), "device": "some GPU"}
+        for precision, slower in (("bf16", 1), ("fp32", 0.1))
         for size, factor in (("small", 1), ("base", 10))
         for stage, rate in (("fine-tuning", factor), ("distillation", 2 * factor), ("evaluation", 4 * factor))
         for degree in (0, 4)
@@ -310,7 +312,7 @@ def test_rates_of_a_file_are_those_of_the_backbone_size_and_stage(tmp_path):
     rates, where = read_rates(tmp_path / "rates.csv", found)
     assert where.startswith("some GPU, from ")
     for item in found:
-        factor = 10 if "base" in item.subject.architecture else 1
+        factor = (10 if "base" in item.subject.architecture else 1) * {"bf16": 1, "fp32": 0.1}[item.precision]
         first = factor * {"fine-tuning": 1, "distillation": 2, "evaluation": 4}[item.work]
         assert rates[item.key] == pytest.approx({0: 1 / first, 4: 1 / (5 * first)})
     with pytest.raises(TocomError, match=f"no figures of fine-tuning of {ARCHITECTURE} at 32 pixels"):

@@ -232,16 +232,25 @@ def throughput(
 
 @app.command()
 def benchmark(
+    device: Annotated[str, typer.Option(help="cuda, cuda:N or cpu.")] = "cuda",
     backbone: Annotated[
         Optional[list[str]],
-        typer.Option(help="A timm ViT; its weights are random. Repeatable; by default DeiT-S and DeiT-B."),
+        typer.Option(help="A timm ViT; its weights are random. Repeatable; by default DeiT-Ti, S and B."),
     ] = None,
     degree: Annotated[
-        Optional[list[int]], typer.Option(help="Degree; 0 is always among them. Repeatable; by default 0, 8 and 16.")
+        Optional[list[int]],
+        typer.Option(help="Degree; 0 is always among them. Repeatable; by default 0, 8, 13 and 16."),
     ] = None,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder for benchmark.{csv,md,tex}.")] = Path(
-        "results/gpu"
-    ),
+    precision: Annotated[
+        Optional[list[str]], typer.Option(help="Repeatable; by default fp32 and bf16.", metavar="[fp32|bf16|fp16]")
+    ] = None,
+    training: Annotated[
+        Optional[list[str]],
+        typer.Option(help="A backbone whose training is measured, too. Repeatable; by default all."),
+    ] = None,
+    output: Annotated[
+        Optional[Path], typer.Option("--output", "-o", help="Folder of the tables; by default results/gpu or /cpu.")
+    ] = None,
     sets: Annotated[
         Optional[list[str]],
         typer.Option(
@@ -249,14 +258,17 @@ def benchmark(
         ),
     ] = None,
 ) -> None:
-    """Measure fine-tuning, distillation and evaluation, images a second and memory, at some degrees."""
+    """Measure each stage beside an eager reference, time and memory, and what a study takes beside its stages."""
     from tocom.jobs import read_job
     from tocom.settings import BenchmarkSettings
-    from tocom.stages.benchmark import BACKBONES, DEGREES
+    from tocom.stages.benchmark import BACKBONES, DEGREES, PRECISIONS
     from tocom.stages.benchmark import benchmark as stage
 
-    settings = read_job(BenchmarkSettings, "{}", sets or ())
-    status = stage(output, backbone or BACKBONES, degree or DEGREES, settings).status
+    output = output or Path("results", "cpu" if device == "cpu" else "gpu")
+    settings = read_job(BenchmarkSettings, "{}", [f"device={device}", *(sets or ())])
+    chosen = backbone or BACKBONES, degree or DEGREES, precision or PRECISIONS
+    status = stage(output, *chosen, settings, training).status
+    typer.echo((output / "benchmark.md").read_text() + "\n" + (output / "overheads.md").read_text())
     counts = ", ".join(f"{count} {name}" for name, count in status.value_counts().items())
     say(f"{output / 'benchmark.md'}: of {len(status)} lines, {counts}")
 

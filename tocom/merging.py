@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tocom.degrees import limit
-from tocom.parts import Shape, gather, widen
+from tocom.parts import Attention, Shape, gather, widen
 
 #: The degree axis of methods for which a degree is a budget, :meth:`BlockCosts.merging`.
 BUDGET = "the cost of merging so many tokens in each block"
@@ -40,13 +40,18 @@ def directions(metric: Tensor) -> Tensor:
     return F.normalize(widen(metric), dim=-1)
 
 
+def mean_keys(attention: Attention) -> Tensor:
+    """Return the keys averaged over heads [B, N, head_dim], by which ToMe compares tokens; without gradients."""
+    return attention.k.detach().transpose(1, 2).mean(dim=2)  # the order in which they lie in memory
+
+
 def cosines(a: Tensor, b: Tensor) -> Tensor:
     """Return the cosine of each of the directions a [B, N, C] with each of b [B, M, C] -> [B, N, M].
 
     They are computed in float32 at least, under autocast too: in bfloat16 those close to 1 would tie.
     """
-    available = torch.amp.is_autocast_available(a.device.type)  # the meta device has none
-    with torch.autocast(a.device.type, enabled=False) if available else contextlib.nullcontext():
+    without = a.device.type == "meta"  # it has no autocast; to ask torch for it, torch.compile cannot
+    with contextlib.nullcontext() if without else torch.autocast(a.device.type, enabled=False):
         return a @ b.transpose(-1, -2)
 
 
@@ -60,14 +65,13 @@ def merge(x: Tensor, size: Tensor, matching: Matching) -> tuple[Tensor, Tensor]:
         Tokens [B, N - r, D] and sizes [B, N - r, 1], both of x's type, in the order of ``matching.left``.
     """
     wide = widen(size)
-    mass = torch.cat([x * wide, wide], dim=-1)  # one pass sums values and sizes alike
-    given = gather(mass, matching.source)
-    target = matching.target.unsqueeze(-1).expand_as(given)
-    received = gather(mass, matching.receiver).scatter_add(1, target, given)
-    mass = torch.cat([gather(mass, matching.kept), received], dim=1)
+    left, given = gather(wide, matching.left), gather(wide, matching.source)
+    target = (matching.target + matching.kept.shape[1]).unsqueeze(-1)
     # Sizes do not depend on any parameter; an attention mask with a gradient would rule out the fused kernel.
-    size = mass[..., -1:].detach()
-    return (mass[..., :-1] / size).to(x.dtype), size.to(x.dtype)
+    size = left.scatter_add(1, target, given).detach()
+    given = gather(x, matching.source) * given
+    total = (gather(x, matching.left) * left).scatter_add_(1, target.expand_as(given), given)
+    return total.div_(size).to(x.dtype), size.to(x.dtype)
 
 
 class BlockCosts(NamedTuple):

@@ -232,6 +232,25 @@ class Attention:
     dropout: float = 0.0
 
 
+#: The most attention weights that are written out at once (256 MB in bfloat16).
+WRITTEN_OUT = 2**27
+
+
+def attend(attention: Attention) -> Tensor:
+    """Return softmax(q k^T * scale + bias) v, head by head [B, heads, N, head_dim]."""
+    q, k, v = attention.q, attention.k, attention.v
+    (batch, heads, n, width), keys = q.shape, k.shape[2]
+    # torch's fused kernel takes twice as long as these three operations in bfloat16 on a CPU (docs/speed.md).
+    written_out = q.device.type == "cpu" and q.dtype == torch.bfloat16 and batch * heads * n * keys <= WRITTEN_OUT
+    if not written_out:
+        return F.scaled_dot_product_attention(q, k, v, attention.bias, dropout_p=attention.dropout)
+    q, k, v = (x.reshape(batch * heads, -1, width) for x in (q, k, v))
+    bias = q.new_zeros(1) if attention.bias is None else attention.bias.to(q.dtype)
+    bias = bias.expand(batch, heads, 1, keys).reshape(-1, 1, keys)
+    weights = torch.baddbmm(bias, q, k.mT, beta=int(attention.bias is not None), alpha=attention.scale).softmax(-1)
+    return (F.dropout(weights, attention.dropout) @ v).view(batch, heads, n, width)
+
+
 class Compressor(Part):
     """What a block does at a degree: by default it removes tokens between its attention and its MLP.
 
@@ -293,9 +312,7 @@ class Compressor(Part):
 
     def mix(self, attention: Attention, tokens: Tokens) -> Tensor:
         """Return the attention's output, head by head [B, heads, N, head_dim]."""
-        return F.scaled_dot_product_attention(
-            attention.q, attention.k, attention.v, attention.bias, dropout_p=attention.dropout
-        )
+        return attend(attention)
 
     def around_mlp(self, tokens: Tokens, attention: Attention, mlp: Callable[[Tensor], Tensor]) -> Tokens:
         """Finish a block after its attention: remove tokens and add the MLP's branch ([B, M, D] -> [B, M, D])."""
@@ -358,7 +375,9 @@ def split_heads(attn: nn.Module, *parts: Tensor) -> list[Tensor]:
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
     """Select tokens: x [B, N, C], index [B, M] -> [B, M, C]."""
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    batch, n_tokens, width = x.shape
+    first = torch.arange(batch, device=index.device).unsqueeze(1) * n_tokens  # whole rows are copied, not numbers
+    return x.reshape(-1, width).index_select(0, (first + index).flatten()).view(batch, -1, width)
 
 
 def widen(x: Tensor) -> Tensor:

@@ -315,11 +315,11 @@ def read_rates(path: Path, found: Iterable[Passes]) -> tuple[Rates, str]:
         kwargs, name = item.subject.kwargs, item.subject.architecture.partition(".")[0]
         side = kwargs.get("img_size", 0)
         alike = (rows["backbone"].str.split(".").str[0] == name) & (rows["image_size"] == side)
-        those = rows[alike & (rows["stage"] == item.work)]
+        those = rows[alike & (rows["stage"] == item.work) & (rows["precision"] == item.precision)]
         if those.empty or not kwargs.keys() <= {"img_size", "num_classes"}:
             raise TocomError(
-                f"{path} has no figures of {item.work} of {name} at {side} pixels; measure them there"
-                " (`tocom benchmark`), or leave --rates out"
+                f"{path} has no figures of {item.work} of {name} at {side} pixels in {item.precision};"
+                " measure them there (`tocom benchmark`), or leave --rates out"
             )
         rates[item.key] = dict(zip(those["degree"], 1 / those["images_per_second"], strict=True))
     return rates, f"{', '.join(sorted(set(rows['device'])))}, from {path}"

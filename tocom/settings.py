@@ -325,8 +325,9 @@ class BenchmarkSettings(Settings):
 
     batch_size: Positive = Field(128, description="images a step or forward pass")
     image_size: Positive | None = Field(None, description="side in pixels; null: the backbone's own")
-    repeats: Positive = Field(40, description="timed rounds; every degree takes a turn in each")
-    warmup: Positive = Field(5, description="steps of each degree before the first round")
+    repeats: Positive = Field(40, description="most timed rounds; every degree and variant takes a turn in each")
+    seconds: float = Field(3.0, gt=0, description="after which no further round of a backbone's stage begins")
+    warmup: Positive = Field(2, description="steps of each degree and variant before the first round")
     precision: Literal["fp32", "bf16", "fp16"] = Field("bf16", description="autocast; the weights stay fp32")
     threads: Positive = Field(1, description="torch CPU threads")
     device: Device = Field("cuda", description="auto, cpu, cuda or cuda:N")

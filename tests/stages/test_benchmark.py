@@ -5,23 +5,27 @@ import pandas as pd
 import pytest
 import torch
 
-from tests.small import ARCHITECTURE, KWARGS
+from tests.small import ARCHITECTURE, KWARGS, build
 from tocom.distillation import distillation_loss
 from tocom.errors import TocomError
 from tocom.folding import is_folded
 from tocom.models import create
 from tocom.settings import BenchmarkSettings
 from tocom.stages import benchmark as module
-from tocom.stages import throughput, works
-from tocom.stages.benchmark import COLUMNS, benchmark, table
-from tocom.stages.works import STAGES, Subject
+from tocom.stages import overheads, throughput, works
+from tocom.stages.benchmark import COLUMNS, QUANTITIES, RATIOS, benchmark, table
+from tocom.stages.eager import EagerToMe
+from tocom.stages.works import STAGES, VARIANTS, Subject
+from tocom.training import autocast, inference
+from tocom.vit import CompressedViT
 
 CPU = torch.device("cpu")
 DEGREES = (0, 4, 6)
-QUICK = BenchmarkSettings(batch_size=2, repeats=4, warmup=1, precision="fp32", device="cpu")
+QUICK = BenchmarkSettings(batch_size=2, repeats=4, warmup=1, precision="fp32", device="cpu", seconds=1000)
 ON_GPU = QUICK.model_copy(update={"device": "cuda"})
-FILES = ["benchmark.csv", "benchmark.md", "benchmark.tex"]
-NUMBERS = [name for name in COLUMNS if name.startswith(("images_per", "speedup", "memory"))]
+FILES = [f"{name}.{kind}" for name in ("benchmark", "overheads") for kind in ("csv", "md", "tex")]
+NUMBERS = [name for name in COLUMNS if name.startswith((*QUANTITIES, "memory", "eager_memory"))]
+ROW = {"what": "a grid", "ratio": 1.05, "low": 1.04, "high": 1.06, "seconds": 3.0}
 SUBJECTS = {
     "classifier": Subject(ARCHITECTURE, KWARGS),
     "segmenter": Subject(ARCHITECTURE, KWARGS, "tome_mlp", head=("conv", 5)),
@@ -33,32 +37,41 @@ def small(monkeypatch):
     """Every backbone is one of two blocks and 17 tokens; the machine has no GPU."""
     monkeypatch.setattr(works, "create", lambda name, kwargs: create(ARCHITECTURE, KWARGS | kwargs))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(module, "matrix_rate", lambda precision, device: 1e12)
+    monkeypatch.setattr(overheads, "measure", lambda settings, device: iter([ROW]))
+
+
+def run(folder, degrees=DEGREES, settings=QUICK, names=("some_vit",), precisions=("fp32",), training=None):
+    return benchmark(folder, names, degrees, precisions, settings, training)
 
 
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
     """A run whose pieces of work take known times: the folder, its rows and the times."""
-    clock = np.random.default_rng(3).uniform(0.001, 0.1, 100)
+    clock = np.random.default_rng(3).uniform(0.001, 0.1, 200)
     ticks = iter(clock)
     monkeypatch.setattr(throughput, "seconds", lambda work, device: next(ticks))
-    return tmp_path / "measured", benchmark(tmp_path / "measured", ["some_vit"], DEGREES, QUICK), clock
+    return tmp_path / "measured", run(tmp_path / "measured"), clock
 
 
 @pytest.fixture
 def quick(monkeypatch):
     """Nothing is run: every degree takes 1 MB, and a second in each round; some (stage, degree) do not fit."""
-    stages = {function: stage for stage, function in STAGES.items()}
 
     def install(*too_large):
-        def memory(make, degree, device):
-            if (stages[make.func], degree) in too_large:
+        def memory(work, degree, device):
+            if (work, degree) in too_large:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return 1.0
 
+        def times(works, stage, degrees, *_):
+            names = VARIANTS[stage]
+            return {(name, None if name == "timm" else d): np.ones(4) for name in names for d in degrees}
+
+        works = lambda subject, stage, *_: dict.fromkeys(VARIANTS[stage], stage)  # noqa: E731
+        monkeypatch.setattr(module, "_works", works)
         monkeypatch.setattr(module, "_memory_mb", memory)
-        monkeypatch.setattr(
-            module, "round_seconds", lambda subject, stage, degrees, *_: dict.fromkeys(degrees, np.ones(4))
-        )
+        monkeypatch.setattr(module, "_times", times)
 
     return install
 
@@ -132,6 +145,45 @@ def test_peak_memory_counts_what_is_held_and_the_largest_sum_of_what_comes_and_g
     assert throughput.peak_memory_mb(work, CPU, torch.zeros(250_000)) == pytest.approx(1 + 5)
 
 
+# --- the reference ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("degree", [0, 1, 4, 6, 50])
+@torch.inference_mode()
+def test_the_eager_reference_computes_the_same_method(degree):
+    model = build(num_classes=10)
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    expected = CompressedViT(model).set_degree(degree)(images)
+    torch.testing.assert_close(EagerToMe(model, degree)(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_variants_of_a_step_have_the_same_gradients():
+    for stage in ("fine-tuning", "distillation"):
+        gradients = {}
+        for variant in ("own", "eager"):
+            torch.manual_seed(0)
+            work = STAGES[stage](SUBJECTS["classifier"], 6, QUICK, CPU, variant)
+            work.set_degree(4)
+            torch.manual_seed(1)  # dropout
+            work.run()
+            gradients[variant] = [p.grad for p in work.module.parameters() if p.grad is not None]
+        for own, eager in zip(*gradients.values(), strict=True):
+            torch.testing.assert_close(own, eager, rtol=1e-3, atol=1e-5)
+
+
+def test_weights_that_are_cast_once_give_what_autocast_gives_and_come_back():
+    vit = CompressedViT(build(num_classes=10)).set_degree(4)
+    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    before = {name: value.clone() for name, value in vit.state_dict().items()}
+    with torch.inference_mode(), autocast("bf16", CPU):
+        expected = vit(images)
+    with inference(vit, "bf16", CPU):
+        assert vit.model.blocks[0].attn.qkv.weight.dtype == torch.bfloat16
+        assert torch.equal(vit(images), expected)
+    assert all(torch.equal(value, before[name]) for name, value in vit.state_dict().items())
+    assert all(parameter.dtype == torch.float32 for parameter in vit.parameters())
+
+
 # --- figures ------------------------------------------------------------------------------------------------------
 
 
@@ -141,45 +193,106 @@ def test_every_stage_and_degree_has_a_row_with_its_conditions(measured):
     assert list(zip(frame.stage, frame.degree, strict=True)) == grid
     assert frame.teacher_degree.fillna(-1).tolist() == [-1] * 3 + [1, 0, 0] + [-1] * 3
     row = frame.iloc[0]
-    assert (row.backbone, row.image_size, row.batch_size, row.precision) == ("some_vit", 32, 2, "fp32")
+    assert (row.backbone, row.image_size, row.batch_size, row.precision, row.rounds) == ("some_vit", 32, 2, "fp32", 4)
     assert (row.torch, row.device[-8:], {*frame.status}) == (torch.__version__, "1 thread", {"measured"})
     assert sorted(path.name for path in folder.iterdir()) == FILES
     written = pd.read_csv(folder / "benchmark.csv")
     assert tuple(written.columns) == COLUMNS
-    np.testing.assert_array_equal(written[NUMBERS], frame[NUMBERS])
+    numbers = [name for name in NUMBERS if frame[name].notna().any()]
+    np.testing.assert_allclose(written[numbers].astype(float), frame[numbers].astype(float), rtol=1e-5)
+    assert "| a grid | 1.050 [1.040, 1.060] | 3.00      |" in (folder / "overheads.md").read_text()
 
 
 def test_ratios_are_medians_over_rounds_of_the_ratio_within_a_round(measured):
     _, frame, clock = measured
     ticks = iter(clock)
-    for number in range(3):
-        order = np.random.default_rng(0)  # every stage has rounds of its own, in the same order
-        times = {degree: [] for degree in DEGREES}
+    for stage in ("evaluation", "fine-tuning", "distillation"):  # the order in which they are run
+        names = [name for name in VARIANTS[stage] if name != "eager fp32"]
+        keys = [(name, degree) for name in names for degree in ((None,) if name == "timm" else DEGREES)]
+        order, times = np.random.default_rng(0), {key: [] for key in keys}
         for _ in range(QUICK.repeats):
-            for degree in order.permutation(DEGREES):
-                times[int(degree)].append(next(ticks))
-        for place, degree in enumerate(DEGREES):
-            row = frame.iloc[3 * number + place]
-            ratios = sorted(zero / own for zero, own in zip(times[0], times[degree], strict=True))
-            assert row.speedup == pytest.approx((ratios[1] + ratios[2]) / 2)
-            assert row.speedup_low == pytest.approx(ratios[0] + 0.75 * (ratios[1] - ratios[0]))
-            assert row.speedup_high == pytest.approx(ratios[2] + 0.25 * (ratios[3] - ratios[2]))
-            rates = sorted(QUICK.batch_size / own for own in times[degree])
+            for number in order.permutation(len(keys)):
+                times[keys[number]].append(next(ticks))
+        for degree in DEGREES:
+            row = frame[(frame.stage == stage) & (frame.degree == degree)].iloc[0]
+
+            def check(name, above, below, row=row, times=times):
+                ratios = sorted(a / b for a, b in zip(times[above], times[below], strict=True))
+                assert row[name] == pytest.approx((ratios[1] + ratios[2]) / 2)
+                assert row[f"{name}_low"] == pytest.approx(ratios[0] + 0.75 * (ratios[1] - ratios[0]))
+                assert row[f"{name}_high"] == pytest.approx(ratios[2] + 0.25 * (ratios[3] - ratios[2]))
+
+            own = ("own", degree)
+            check("speedup", ("own", 0), own)
+            check("over_eager", own, ("eager", degree))
+            if stage == "evaluation":
+                check("over_timm", own, ("timm", None))
+                check("folding", own, ("unfolded", degree))
+            whole = frame[(frame.stage == stage) & (frame.degree == 0)].iloc[0]
+            assert row.realised == pytest.approx(row.speedup * row.gflops / whole.gflops)
+            rates = sorted(QUICK.batch_size / time for time in times[own])
             assert row.images_per_second == pytest.approx((rates[1] + rates[2]) / 2)
 
 
 def test_the_table_shows_the_numbers_of_the_csv_and_names_the_device(measured):
     folder, rows, _ = measured
     markdown = (folder / "benchmark.md").read_text()
-    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown.splitlines() if line[:1] == "|"][2:]
-    for cells, (_, row) in zip(lines, rows.iterrows(), strict=True):
-        assert cells[:3] == ["some_vit", row.stage, str(row.degree)]
-        assert float(cells[3].split()[0]) == pytest.approx(row.images_per_second, rel=0.01)
-        assert float(cells[4].split("×")[0]) == pytest.approx(row.speedup, abs=0.005)
-        assert float(cells[5]) == pytest.approx(row.memory_mb, abs=0.5)
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in markdown.splitlines() if line[:1] == "|"]
+    header = lines[0]
+    for cells, (_, row) in zip(lines[2:], rows.iterrows(), strict=True):
+        assert cells[:4] == ["some_vit", "fp32", row.stage, str(row.degree)]
+        shown = dict(zip(header, cells, strict=True))
+        assert float(shown["images/s"].split()[0]) == pytest.approx(row.images_per_second, rel=0.01)
+        assert float(shown["speed-up"].split()[0]) == pytest.approx(row.speedup, abs=0.005)
+        assert float(shown["time over eager"].split()[0]) == pytest.approx(row.over_eager, abs=0.0005)
+        assert float(shown["peak memory (MB)"]) == pytest.approx(row.memory_mb, abs=0.5)
     assert f"Measured on {rows.device[0]} with torch {torch.__version__}" in markdown
     latex = (folder / "benchmark.tex").read_text()
     assert (latex.count("some\\_vit & "), latex.count("\\midrule")) == (9, 3)
+
+
+def test_precisions_and_the_reference_in_float32(tmp_path, quick):
+    quick()
+    frame = run(tmp_path, [4], precisions=("fp32", "bf16"), training=())
+    assert list(zip(frame.precision, frame.stage, frame.degree, strict=True)) == [
+        (precision, "evaluation", degree) for precision in ("fp32", "bf16") for degree in (0, 4)
+    ]
+    frame = run(tmp_path, [4], precisions=("bf16",))
+    assert (frame.over_eager_fp32[frame.stage != "evaluation"] == 1).all()
+    assert frame[[*RATIOS][-2:]].isna().all(axis=None)  # captured and compiled: on a GPU alone
+
+
+def test_what_was_measured_before_a_run_was_stopped_stays(tmp_path, quick, monkeypatch):
+    quick()
+    measure, calls = module.measure, []
+
+    def stop(*arguments):
+        calls.append(arguments[1])
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(module, "measure", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, [4])
+    written = pd.read_csv(tmp_path / "benchmark.csv").groupby("stage").status.first()
+    assert written.to_dict() == {"evaluation": "measured", "fine-tuning": "not run", "distillation": "not run"}
+
+
+def test_rounds_end_with_the_time_that_a_group_may_take(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(throughput.time, "monotonic", lambda: next(clock))
+    settings = QUICK.model_copy(update={"repeats": 50})
+    rounds = {
+        budget: len(throughput.side_by_side({"a": lambda: 0}, settings, CPU, budget=budget)["a"]) for budget in (0, 9)
+    }
+    assert rounds[0] == throughput.LEAST_ROUNDS < rounds[9] < 50
+
+
+def test_a_grid_is_timed_over_the_forward_passes_that_it_contains():
+    row = overheads.grid(QUICK, CPU, rounds=1, degrees=range(3), images=(8, 16))
+    assert 0.5 < row["ratio"] < 50  # so few images: mostly loading the model and counting FLOPs
+    assert row["low"] == row["ratio"] == row["high"]
 
 
 # --- what cannot be measured --------------------------------------------------------------------------------------
@@ -187,45 +300,45 @@ def test_the_table_shows_the_numbers_of_the_csv_and_names_the_device(measured):
 
 def test_a_degree_that_does_not_fit_says_so_and_the_others_are_measured(tmp_path, quick):
     quick(("fine-tuning", 4), ("evaluation", 0))
-    frame = benchmark(tmp_path, ["some_vit"], DEGREES, QUICK).set_index(["stage", "degree"])
+    frame = run(tmp_path).set_index(["stage", "degree"])
     assert frame.status.value_counts().to_dict() == {"measured": 7, "out of memory": 2}
     assert frame.loc[("fine-tuning", 4), NUMBERS].isna().all()
     assert frame.loc["fine-tuning", 6].speedup == 1
     assert np.isnan(frame.loc["evaluation", 6].speedup)  # its degree 0 is not there
-    assert [row[4].text for row in table(frame.reset_index()).rows][-2:] == ["–", "–"]
+    assert [row[5].text for row in table(frame.reset_index()).rows][-2:] == ["–", "–"]
 
 
 def test_memory_that_fails_only_while_timing_is_out_of_memory_too(tmp_path, quick, monkeypatch):
     def too_much(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(works, "side_by_side", too_much)
-    frame = benchmark(tmp_path, ["some_vit"], [0, 4], QUICK)
+    monkeypatch.setattr(module, "side_by_side", too_much)
+    frame = run(tmp_path, [0, 4])
     assert {*frame.status} == {"out of memory"}
     assert frame[NUMBERS].isna().all(axis=None)
 
 
 def test_without_a_gpu_the_whole_grid_says_not_run(tmp_path):
-    rows = benchmark(tmp_path, ["a", "b"], [6, 4, 6], ON_GPU)
+    rows = run(tmp_path, [6, 4, 6], ON_GPU, ["a", "b"])
     assert rows.degree.tolist() == [0, 4, 6] * 6  # 0 is always there to be compared with
     assert {*rows.status} == {"not run"}
     assert rows[[*NUMBERS, "device"]].isna().all(axis=None)
     markdown = (tmp_path / "benchmark.md").read_text()
-    assert markdown.count("| not run ") == 18 * 3
+    assert markdown.count("| not run ") == 18 * 7
     assert "Not run: torch saw no GPU" in markdown
 
 
 def test_measured_figures_are_replaced_by_those_of_the_same_device_alone(tmp_path, quick, monkeypatch):
     quick()
-    benchmark(tmp_path, ["some_vit"], [4], ON_GPU)
+    run(tmp_path, [4], ON_GPU)
     for _ in range(2):
-        assert {*benchmark(tmp_path, ["some_vit"], [4], QUICK).status} == {"measured"}
+        assert {*run(tmp_path, [4]).status} == {"measured"}
     before = [(tmp_path / name).read_bytes() for name in FILES]
     with pytest.raises(TocomError, match=r"measured on .*1 thread, and torch sees no GPU here; .*another --output"):
-        benchmark(tmp_path, ["some_vit"], DEGREES, ON_GPU)
+        run(tmp_path, settings=ON_GPU)
     monkeypatch.setattr(module, "device_name", lambda device: "NVIDIA something")
     with pytest.raises(TocomError, match="this is NVIDIA something; move them away"):
-        benchmark(tmp_path, ["some_vit"], DEGREES, QUICK)
+        run(tmp_path)
     assert [(tmp_path / name).read_bytes() for name in FILES] == before
 
 
@@ -233,7 +346,7 @@ def test_measured_figures_are_replaced_by_those_of_the_same_device_alone(tmp_pat
 def test_a_foreign_csv_is_not_written_over(tmp_path, text):
     (tmp_path / "benchmark.csv").write_text(text)
     with pytest.raises(TocomError, match="is no table of `tocom benchmark`"):
-        benchmark(tmp_path, ["some_vit"], [4], ON_GPU)
+        run(tmp_path, [4], ON_GPU)
     assert (tmp_path / "benchmark.csv").read_text() == text
 
 
@@ -247,5 +360,5 @@ def test_a_foreign_csv_is_not_written_over(tmp_path, text):
 )
 def test_a_mistake_is_named_and_nothing_is_written(tmp_path, degrees, changes, message):
     with pytest.raises(TocomError, match=message):
-        benchmark(tmp_path / "new", ["some_vit"], degrees, QUICK.model_copy(update=changes))
+        run(tmp_path / "new", degrees, QUICK.model_copy(update=changes))
     assert not (tmp_path / "new").exists()

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional as F
 
-from tocom.merging import Matching, cosines, directions, merge
+from tocom.merging import Matching, cosines, directions, mean_keys, merge
 from tocom.parts import Attention, Compressor, Tokens, descending, ones_like_size
 from tocom.settings import Settings
 
@@ -99,7 +99,7 @@ class PiToMe(Compressor):
         """Merge exactly ``tokens.count`` tokens."""
         size = ones_like_size(tokens.x) if tokens.size is None else tokens.size
         matching = match(
-            attention.k.detach().mean(dim=1),
+            mean_keys(attention),
             tokens.count,
             tokens.prefix,
             self.margin(tokens.block),

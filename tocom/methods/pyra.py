@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from tocom.degrees import Degree, limit
 from tocom.errors import TocomError
-from tocom.merging import merge
+from tocom.merging import mean_keys, merge
 from tocom.methods.tome import ToMe, match
 from tocom.parts import Attention, Shape, Tokens, gather, ones_like_size, widen
 from tocom.settings import Settings
@@ -80,7 +80,7 @@ class PYRA(ToMe):
     def reduce(self, tokens: Tokens, attention: Attention) -> Tokens:
         """Merge exactly ``tokens.count`` tokens."""
         x, size = tokens.x, ones_like_size(tokens.x) if tokens.size is None else tokens.size
-        matching = match(attention.k.detach().mean(dim=1), tokens.count, tokens.prefix)
+        matching = match(mean_keys(attention), tokens.count, tokens.prefix)
         mass = widen(x) * widen(size)
         receiver = matching.receiver.gather(1, matching.target)
         factor = self.gates[tokens.block](gather(mass, matching.source) + gather(mass, receiver))

@@ -12,7 +12,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tocom.merging import Matching, merge
+from tocom.merging import Matching, mean_keys, merge
 from tocom.methods.tome import match
 from tocom.parts import Attention, Compressor, Tokens, gather, ones_like_size, widen
 from tocom.settings import Settings
@@ -95,7 +95,7 @@ class ToFu(Compressor):
     def reduce(self, tokens: Tokens, attention: Attention) -> Tokens:
         """Remove exactly ``tokens.count`` tokens."""
         x, size = tokens.x, tokens.size
-        matching = match(attention.k.detach().mean(dim=1), tokens.count, tokens.prefix)
+        matching = match(mean_keys(attention), tokens.count, tokens.prefix)
         if self.options.sizes:
             size = ones_like_size(x) if size is None else size
             size = merge(size, size, matching)[1]

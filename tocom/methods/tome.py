@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tocom.merging import Matching, cosines, directions, merge
+from tocom.merging import Matching, cosines, directions, mean_keys, merge
 from tocom.parts import Attention, Compressor, Tokens, descending, ones_like_size
 
 
@@ -49,5 +49,5 @@ class ToMe(Compressor):
     def reduce(self, tokens: Tokens, attention: Attention) -> Tokens:
         """Merge exactly ``tokens.count`` tokens."""
         size = ones_like_size(tokens.x) if tokens.size is None else tokens.size
-        matching = match(attention.k.detach().mean(dim=1), tokens.count, tokens.prefix)
+        matching = match(mean_keys(attention), tokens.count, tokens.prefix)
         return tokens.now(*merge(tokens.x, size, matching))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tocom.degrees import limit
-from tocom.merging import Matching, merge
+from tocom.merging import Matching, mean_keys, merge
 from tocom.methods.tome import ToMe, match
 from tocom.parts import Attention, Tokens, gather, ones_like_size
 from tocom.settings import Settings
@@ -62,7 +62,7 @@ class ToMeMLP(ToMe):
         count = min((x.shape[1] - prefix) * tokens.count // DEGREES, limit(x.shape[1], prefix))
         if count <= 0:
             return x, lambda merged: merged
-        matching = match(attention.k.detach().mean(dim=1), count, prefix)
+        matching = match(mean_keys(attention), count, prefix)
         merged, _ = merge(x, ones_like_size(x), matching)
         where = positions(matching)
         return merged, lambda merged: gather(merged, where)

@@ -145,7 +145,10 @@ def evaluate_checkpoint(
         "seed": meta["seed"],
     }
     cells: list[tuple[dict[str, Any], Record]] = []
+    # By degree, since neither depends on a compensator: what the bare model predicts, and what a forward pass costs.
     plain: dict[int, Record] = {}
+    costs: dict[int, float] = {}
+    unchanged: dict[int, Validated] = {}  # what the bare model makes of the validation images
 
     def record(method: Evaluated, scale: float, known: Record | None = None) -> Record:
         predicted = task.test(module, settings.batch_size, settings.precision) if known is None else known
@@ -153,14 +156,21 @@ def evaluate_checkpoint(
         cell = {"method": method.name, **run, "infer_degree": vit.degree, "compensated": added is not None}
         cell |= {"compensator": PLAIN if added is None else kind_of(type(added)).rpartition(":")[2]}
         cell |= {"compensator_seed": None if added is None else added.metadata.get("seed")}
-        cell |= {"scale": scale, "gflops": round(gflops(vit), 6)}
+        if vit.degree not in costs:
+            costs[vit.degree] = round(gflops(vit), 6)
+        cell |= {"scale": scale, "gflops": costs[vit.degree]}
         kept = vit.cache_bytes()
         cells.append((cell if kept is None else cell | {"cache_bytes": kept}, predicted))
         progress.update()
         return predicted
 
     def validate() -> Validated:
-        return task.validate(module, settings.batch_size, settings.precision)
+        if vit.scale or vit.degree not in unchanged:
+            found = task.validate(module, settings.batch_size, settings.precision)
+            if vit.scale:
+                return found
+            unchanged[vit.degree] = found
+        return unchanged[vit.degree]
 
     for method in methods:
         if method.compensator is None:

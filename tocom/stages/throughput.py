@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 import re
@@ -21,6 +22,9 @@ from tocom.models import compress, load_model, pick_device, set_image_size
 from tocom.parts import load_part
 from tocom.settings import BenchmarkSettings, ThroughputSettings
 from tocom.training import autocast, bar, make_deterministic
+
+#: Rounds that are measured however long they take: quartiles of fewer say nothing.
+LEAST_ROUNDS = 3
 
 
 def device_if_present(name: str) -> torch.device | None:
@@ -75,15 +79,18 @@ def _tensors(held: nn.Module | torch.optim.Optimizer | torch.Tensor) -> Iterator
             yield from (value for value in state.values() if isinstance(value, torch.Tensor))
 
 
+def now(device: torch.device) -> float:
+    """Return the time in seconds once a GPU has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
 def seconds(work: Callable[[], object], device: torch.device) -> float:
     """Return the wall time of a piece of work, what a GPU still had to do included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
+    start = now(device)
     work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return now(device) - start
 
 
 def training_work(vit: Compressed, images: torch.Tensor, precision: str) -> Callable[[], object]:
@@ -135,24 +142,29 @@ def side_by_side(
     settings: ThroughputSettings | BenchmarkSettings,
     device: torch.device,
     before: Callable[[Hashable], object] = lambda name: None,
+    budget: float = math.inf,
 ) -> dict[Hashable, np.ndarray]:
-    """Return the seconds of every piece of work in every round [repeats]; all take turns, in an order that changes.
+    """Return the seconds of every piece of work in every round [rounds]; all take turns, in an order that changes.
 
     Args:
         before: called with the name of the piece of work that comes next; its time does not count.
+        budget: seconds after which no further round begins, once there are :data:`LEAST_ROUNDS`.
     """
     generator, names = np.random.default_rng(0), list(work)
     for name in names:
         before(name)
         for _ in range(settings.warmup):
             work[name]()
-    times = {name: np.empty(settings.repeats) for name in names}
+    times: dict[Hashable, list[float]] = {name: [] for name in names}
+    start = time.monotonic()
     for repeat in range(settings.repeats):
+        if repeat >= LEAST_ROUNDS and time.monotonic() - start > budget:
+            break
         for number in generator.permutation(len(names)):
             name = names[number]
             before(name)
-            times[name][repeat] = seconds(work[name], device)
-    return times
+            times[name].append(seconds(work[name], device))
+    return {name: np.array(values) for name, values in times.items()}
 
 
 def throughput(

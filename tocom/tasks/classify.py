@@ -20,7 +20,7 @@ from tocom.errors import TocomError
 from tocom.models import load_model
 from tocom.settings import FinetuneSettings
 from tocom.tasks.base import RESIDENT_BYTES, Task, Validated, check_shape
-from tocom.training import autocast, check_pairs, compiled, normalise, random_shift
+from tocom.training import check_pairs, compiled, inference, normalise, random_shift
 from tocom.vit import CompressedViT
 
 
@@ -115,12 +115,11 @@ class Classification(Task):
         return {"labels": self.test_split.labels.cpu().numpy()}
 
 
-@torch.inference_mode()
 def predict(vit: CompressedViT, images: Tensor, batch_size: int, precision: str = "fp32") -> Tensor:
     """Return logits [n, classes] on the CPU for images [n, 3, H, W] uint8; several processes share the work."""
     vit.eval()
     device = next(vit.parameters()).device
-    with autocast(precision, device):
+    with inference(vit, precision, device):
         logits = [
             vit(normalise(batch.to(device), vit.model)).float().cpu()
             for batch in distributed.share(images.split(batch_size))
