@@ -86,13 +86,12 @@ def random_shift(images: Tensor, pixels: int) -> Tensor:
     if not pixels:
         return images
     batch, _, height, width = images.shape
-    padded = nn.functional.pad(images.float(), (pixels,) * 4, mode="replicate").to(images.dtype)
-    dy, dx = torch.randint(0, 2 * pixels + 1, (2, batch))
-    rows = (dy[:, None] + torch.arange(height))[:, None, :, None]
-    columns = (dx[:, None] + torch.arange(width))[:, None, None, :]
+    dy, dx = torch.randint(0, 2 * pixels + 1, (2, batch)) - pixels
+    rows = (dy[:, None] + torch.arange(height)).clamp(0, height - 1)[:, None, :, None]
+    columns = (dx[:, None] + torch.arange(width)).clamp(0, width - 1)[:, None, None, :]
     first = torch.arange(batch)[:, None, None, None]
     channels = torch.arange(images.shape[1])[None, :, None, None]
-    return padded[first, channels, rows, columns]
+    return images[first, channels, rows, columns]
 
 
 def bar(items: Iterable, title: str, total: int | None = None, done: int = 0) -> tqdm:

@@ -23,8 +23,9 @@ import torch
 
 from tocom.analysis.tables import NOT_RUN, Table, Text
 from tocom.jobs import EvaluateJob
+from tocom.methods import DEFAULTS
 from tocom.models import load_model, save_model
-from tocom.parts import make_part, save_part
+from tocom.parts import described, make_part, save_part
 from tocom.settings import BenchmarkSettings
 from tocom.stages.evaluate import evaluate_checkpoint
 from tocom.stages.throughput import now, seconds
@@ -88,7 +89,7 @@ def grid(
         for _ in range(rounds + 1):  # the first one warms up
             with bar(None, "grid", total=2 * len(degrees)) as progress:
                 begin = now(device)
-                cells = evaluate_checkpoint(checkpoint, task, job, {"tocom": compensator}, progress)
+                cells = evaluate_checkpoint(checkpoint, task, job, {"added": compensator}, progress)
                 times.append(now(device) - begin)
             ratios.append(times[-1] / _bare_seconds(vit, task, [cell for cell, _ in cells], job.settings, device))
     return _row(GRID, ratios[1:], times[1:])
@@ -103,15 +104,23 @@ def _grid_inputs(checkpoint, compensator, degrees, precision, batch, device, thr
         architecture, kwargs = "deit_small_patch16_224", {"num_classes": 100}
         model = Subject(architecture, kwargs).vit(torch.device("cpu")).model
     made = {"task": "random", "group": "", "train_degree": "0", "seed": 0, "backbone_sha256": ""}
-    save_model(checkpoint, model, architecture, kwargs, compressor={"kind": "tome"}, max_degree=max(degrees), **made)
-    part = make_part("compensator", "tocom", CompressedViT.shape_of(model), max(degrees))
+    save_model(
+        checkpoint,
+        model,
+        architecture,
+        kwargs,
+        compressor=described("compressor", DEFAULTS["compressor"]),
+        max_degree=max(degrees),
+        **made,
+    )
+    part = make_part("compensator", DEFAULTS["compensator"], CompressedViT.shape_of(model), max(degrees))
     with torch.no_grad():
         for parameter in part.parameters():
             parameter.normal_(std=0.01)
     save_part(compensator, part)
     plain = {"infer_degrees": list(degrees)}
     how = {"precision": precision, "batch_size": batch, "device": str(device), "threads": threads}
-    job = {"backbone": "random", "methods": {"tome": plain, "tocom": plain | {"compensated": True}}, "settings": how}
+    job = {"backbone": "random", "methods": {"plain": plain, "added": plain | {"compensated": True}}, "settings": how}
     return model, EvaluateJob.model_validate(job)
 
 
