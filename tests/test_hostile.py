@@ -437,3 +437,4 @@ def test_files_without_end_or_names_without_end(here):
 def test_what_is_quoted_breaks_no_line_and_reaches_no_terminal():
     said = str(TocomError("no file a\nb\x1b[31m\udcff é; remove it"))
     assert said == r"no file a b\x1b[31m\udcff é; remove it"
+    assert len(str(TocomError("no column " + "9" * 100_000))) < 500
