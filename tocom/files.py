@@ -356,12 +356,39 @@ def _finish_header(path: Path) -> None:
         stream.write(json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
+#: How often a file is read anew that was replaced while it was read.
+_REPLACED = 100
+
+
 def _read(
     path: str | os.PathLike, framework: str, check: bool = True, keep: bool = True
 ) -> tuple[dict, dict[str, Any]]:
+    path = Path(path)
+    for left in reversed(range(_REPLACED)):
+        before = _identity(path)
+        try:
+            found = _read_once(path, framework, check, keep)
+        except TocomError:
+            if not left or _identity(path) == before:
+                raise
+        else:
+            if not left or _identity(path) == before:
+                return found
+    raise AssertionError("the last time returns or raises")
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    """Return what tells a file from one that was renamed into its place; None if there is none."""
+    try:
+        about = path.stat()
+    except OSError:
+        return None
+    return about.st_ino, about.st_mtime_ns, about.st_size
+
+
+def _read_once(path: Path, framework: str, check: bool, keep: bool) -> tuple[dict, dict[str, Any]]:
     from safetensors import SafetensorError, safe_open
 
-    path = Path(path)
     if not path.is_file():
         raise TocomError(f"no such file: {path}; check the path, or run the stage that makes it")
     try:

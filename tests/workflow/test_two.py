@@ -157,7 +157,8 @@ def test_two_trainings_into_one_file_give_what_one_gives(backbone, tmp_path):
         assert process.returncode == 0, errors
     wanted, found = (load_tensors(tmp_path / name) for name in ("alone", "both"))
     assert wanted[1]["sha256"] == found[1]["sha256"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["alone", "alone.csv", "both", "both.csv"]
+    left = [f"{name}{ending}" for name in ("alone", "both") for ending in ("", ".csv", ".sha256")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
 
 
 def test_a_reader_during_writes_sees_one_whole_file_or_the_other(tmp_path):
