@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -233,10 +233,10 @@ def check_together(paths: Iterable[str | os.PathLike]) -> None:
         place = sums_of(path)
         if place is None:
             continue
-        agreed.same("version", _version(place), path, "by two versions of tocom")
+        agreed.same("version", _version(place), [path], "by two versions of tocom")
         for name, value in recorded_sums(place).items():
             file = os.path.normpath(place.parent / name)
-            agreed.same(file, value, path, f"from two states of {file}")
+            agreed.same(file, value, [path], f"from two states of {file}")
         agreed.check()
 
 
@@ -248,32 +248,33 @@ class Agreed:
     """What some files say of how they were made, as far as it has to be the same."""
 
     def __init__(self) -> None:
-        self._said: dict[Any, tuple[Any, Path]] = {}
+        self._said: dict[Any, tuple[Any, list[Path]]] = {}
         self._first = ""
         self._stale: dict[Path, None] = {}
 
-    def same(self, key: Any, value: Any, path: Path, otherwise: str, now: Any = None) -> None:
+    def same(self, key: Any, value: Any, files: Sequence[Path], otherwise: str, now: Any = None) -> None:
         """Take down what a file says; :meth:`check` raises if an earlier one said something else.
 
         Args:
+            files: the file, and what was made from it, which is to go with it: else nothing would need the file.
             otherwise: how the two were then made. now: what a file that is made now would say; the other is to go.
         """
-        before, other = self._said.setdefault(key, (value, path))
+        before, others = self._said.setdefault(key, (value, [*files]))
         if before != value:
             values = " and ".join(str(it)[:28] for it in (value, before))
-            self._first = self._first or f"{path} and {other} were made {otherwise} ({values})"
-            self._stale[other if value == now else path] = None
+            self._first = self._first or f"{files[0]} and {others[0]} were made {otherwise} ({values})"
+            self._stale |= dict.fromkeys(others if value == now else files)
 
     def check(self) -> None:
         """Raise TocomError if not all files say the same; it names the first two, and all that are to go."""
         if self._stale:
             raise TocomError(f"{self._first}; {again(*self._stale)}")
 
-    def same_code(self, role: str, versions: Mapping[str, str], path: Path) -> None:
+    def same_code(self, role: str, versions: Mapping[str, str], files: Sequence[Path]) -> None:
         """Take down by which code a file of a role was made, module by module."""
         for module, version in versions.items():
             now = code()["package"] if module == "package" else None
-            self.same((role, module), version, path, f"by two versions of the code ({module})", now)
+            self.same((role, module), version, files, f"by two versions of the code ({module})", now)
 
 
 def located(path: Path, name: str) -> Path:

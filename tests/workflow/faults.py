@@ -33,6 +33,8 @@ import yaml
 
 from tests.data.layouts import make_catalogue
 from tests.workflow.running import ENVIRONMENT, ROOT, workplace
+from tocom.files import FOLDER_SUMS
+from tocom.made import sums_of
 from tocom.stages.throughput import device_name
 from tocom.study import read_config
 
@@ -65,7 +67,11 @@ class Fault:
 
 @dataclass
 class Driver:
-    """A study in a folder of its own, and what is done to it."""
+    """A study in a folder of its own, and what is done to it.
+
+    Attributes:
+        wanted: what was deleted, as targets: Snakemake makes no checkpoint again from which all is made already.
+    """
 
     folder: Path
     config: Path
@@ -74,6 +80,7 @@ class Driver:
     faults: list[Fault] = field(default_factory=list)
     orphans: list[psutil.Process] = field(default_factory=list)
     log: Callable[[str], None] = print
+    wanted: dict[str, None] = field(default_factory=dict)
     runs: int = 0
     cores: int = 2
 
@@ -115,7 +122,7 @@ class Driver:
         """Run the study, disturbed or not; return its exit status and what it printed."""
         if (self.folder / ".snakemake" / "locks").is_dir() and any((self.folder / ".snakemake" / "locks").iterdir()):
             self.start("--unlock").wait()
-        process = self.start(limit=limit)
+        process = self.start("--", "all", *self.wanted, limit=limit)
         if disturb is not None:
             disturb(process)
         try:
@@ -138,6 +145,8 @@ class Driver:
                     fault.noticed = True
             for there in list(named.parent.glob(named.name)):
                 shutil.rmtree(there) if there.is_dir() else there.unlink()
+                if not SUMS.search(there.name):
+                    self.wanted[there.relative_to(self.folder).as_posix()] = None
 
     def finish(self) -> None:
         """Run the study to its end, and trace it, until neither finds anything wrong.
@@ -252,6 +261,8 @@ class Driver:
         data, clock = bytearray(path.read_bytes()), path.stat()
         if kind == "file removed":
             path.unlink()
+            if sums_of(path) is None or sums_of(path).name != FOLDER_SUMS:  # else what reads the folder is to notice
+                self.wanted[path.relative_to(self.folder).as_posix()] = None
         else:
             place = self.random.randrange(max(1, len(data)))
             changed = data[:place] if kind == "file truncated" else data

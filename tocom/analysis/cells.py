@@ -61,16 +61,17 @@ def compare_made(path: Path, meta: dict, agreed: Agreed) -> None:
     two backbones of one name.
     """
     about = meta["made"]
-    agreed.same_code("predictions", about["code"], path)
-    agreed.same("settings", about["job"]["settings"], path, "with two settings of evaluation")
+    agreed.same_code("predictions", about["code"], [path])
+    agreed.same("settings", about["job"]["settings"], [path], "with two settings of evaluation")
+    task, backbone = meta["task"], meta["backbone"]
     for item in about["inputs"]:
-        role, file = item["role"], located(path, item["file"])
-        agreed.same_code(role, item.get("code", {}), file)
+        role, files = item["role"], [located(path, item["file"]), path]
+        agreed.same_code(role, item.get("code", {}), files)
         own = item.get("from", {})
         if data := item["sha256"] if role == "data" else own.get("data"):
-            agreed.same(("data", meta["task"]), data, file, f"from two preparations of {meta['task']}")
+            agreed.same(("data", task), data, files, f"from two preparations of {task}")
         if "backbone" in own:
-            agreed.same(("backbone", meta["backbone"]), own["backbone"], file, f"from two backbones {meta['backbone']}")
+            agreed.same(("backbone", backbone), own["backbone"], files, f"from two backbones {backbone}")
 
 
 def check_config(study, root: Path, files: Iterable[os.PathLike]) -> None:
@@ -102,7 +103,7 @@ def check_config(study, root: Path, files: Iterable[os.PathLike]) -> None:
                 file = located(path, item["file"])
                 raise TocomError(
                     f"{path} was made from {file}, which is of another config than {study.study}'s (job {item['job']},"
-                    f" not {' or '.join(sorted(wanted[item['role']]))}); {again(file)}"
+                    f" not {' or '.join(sorted(wanted[item['role']]))}); {again(file, path)}"
                 )
 
 
