@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,14 +99,6 @@ class Run:
 
     study: object
     folder: Path
-    cells: pd.DataFrame
-    significance: pd.DataFrame
-    harm: pd.DataFrame
-    mismatch: pd.DataFrame
-    pairwise: pd.DataFrame
-    throughput: pd.DataFrame
-    transfer: pd.DataFrame
-    costs: pd.DataFrame
     _found: dict[tuple, dict[tuple, Any]] = field(default_factory=dict)
 
     @classmethod
@@ -128,19 +121,51 @@ class Run:
     @classmethod
     def of(cls, study, folder: Path) -> Run:
         """Read what is there of a study that may never have been run."""
-        there = (folder / "cells.csv").is_file()
-        return cls(
-            study,
-            folder,
-            read_cells(folder / "cells.csv") if there else pd.DataFrame(columns=COLUMNS),
-            _read(folder / "significance.csv", compare.COLUMNS),
-            _read(folder / "harm.csv", compare.HARM_COLUMNS),
-            _read(folder / "mismatch.csv", compare.MISMATCH_COLUMNS),
-            _read(folder / "pairwise.csv", compare.PAIRWISE_COLUMNS),
-            _read(folder / "throughput.csv", _THROUGHPUT),
-            _read(folder / "transfer.csv", _TRANSFER, keep_default_na=False),
-            _read(folder / "costs.csv", _COSTS, keep_default_na=False, na_values=dict.fromkeys(_UNKNOWN, "")),
-        )
+        return cls(study, folder)
+
+    # Each is read when it is first asked for: a job does not fail for a table that another is about to replace.
+
+    @cached_property
+    def cells(self) -> pd.DataFrame:
+        """Every cell that was run."""
+        path = self.folder / "cells.csv"
+        return read_cells(path) if path.is_file() else pd.DataFrame(columns=COLUMNS)
+
+    @cached_property
+    def significance(self) -> pd.DataFrame:
+        """The declared comparisons."""
+        return _read(self.folder / "significance.csv", compare.COLUMNS)
+
+    @cached_property
+    def harm(self) -> pd.DataFrame:
+        """What compensators cost where a mismatch costs little."""
+        return _read(self.folder / "harm.csv", compare.HARM_COLUMNS)
+
+    @cached_property
+    def mismatch(self) -> pd.DataFrame:
+        """What mismatches cost."""
+        return _read(self.folder / "mismatch.csv", compare.MISMATCH_COLUMNS)
+
+    @cached_property
+    def pairwise(self) -> pd.DataFrame:
+        """Every two methods at the degrees of the endpoint."""
+        return _read(self.folder / "pairwise.csv", compare.PAIRWISE_COLUMNS)
+
+    @cached_property
+    def throughput(self) -> pd.DataFrame:
+        """Images a second."""
+        return _read(self.folder / "throughput.csv", _THROUGHPUT)
+
+    @cached_property
+    def transfer(self) -> pd.DataFrame:
+        """What the gaps of tasks do to other tasks."""
+        return _read(self.folder / "transfer.csv", _TRANSFER, keep_default_na=False)
+
+    @cached_property
+    def costs(self) -> pd.DataFrame:
+        """What every training takes."""
+        unknown = dict.fromkeys(_UNKNOWN, "")
+        return _read(self.folder / "costs.csv", _COSTS, keep_default_na=False, na_values=unknown)
 
     @property
     def backbones(self) -> tuple[str, ...]:

@@ -8,8 +8,8 @@ import pandas as pd
 
 from tocom.analysis.cells import KEYS, read_cells
 from tocom.analysis.planned import same_models
-from tocom.analysis.run import Run
 from tocom.errors import TocomError
+from tocom.study import read_study
 
 _KEYS = list(KEYS)
 
@@ -25,7 +25,7 @@ def verify(folder: Path) -> str:
     Raises:
         TocomError: a cell is in one table only, or something differs by more than it may.
     """
-    study = Run.read(folder).study
+    study = read_study(folder / "study.json")
     fresh, reference = (
         read_cells(path).sort_values(_KEYS, ignore_index=True)
         for path in (folder / "cells.csv", folder / "reference" / "cells.csv")
