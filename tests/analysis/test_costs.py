@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 
 from tests.analysis import made_up
 from tests.analysis.made_up import RIVAL, TOCOM, TOME, config
+from tocom.analysis import costs
 from tocom.analysis.costs import serving_table, trainings_table
 from tocom.analysis.report import make_tables
 from tocom.analysis.run import Run
@@ -245,3 +246,12 @@ def test_the_words_are_those_of_language_models_and_of_segmentation(tmp_path):
     trained(tmp_path / "scenes", scenes, {"scenes": 48}, lambda folder: 1.0)
     gathered(tmp_path / "scenes")
     assert texts(tables(tmp_path / "scenes")[0])[0][6:8] == ["48 / 48", "6"]
+
+
+def test_a_table_of_an_earlier_version_that_is_about_to_be_made_again_is_not_looked_at(tmp_path):
+    root = made_up.make(tmp_path, config(("digits",), made_up.TOME))
+    (root / "mismatch.csv").write_text("study,loss\n")
+    run = Run.read(root)
+    assert costs.gather(run) == []
+    with pytest.raises(TocomError, match="mismatch.csv lacks the column 'backbone'; make it again with this version"):
+        run.mismatch  # noqa: B018
