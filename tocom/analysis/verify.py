@@ -9,7 +9,6 @@ import pandas as pd
 from tocom.analysis.cells import KEYS, read_cells
 from tocom.analysis.planned import same_models
 from tocom.errors import TocomError
-from tocom.study import read_study
 
 _KEYS = list(KEYS)
 
@@ -25,6 +24,8 @@ def verify(folder: Path) -> str:
     Raises:
         TocomError: a cell is in one table only, or something differs by more than it may.
     """
+    from tocom.study import read_study
+
     study = read_study(folder / "study.json")
     fresh, reference = (
         read_cells(path).sort_values(_KEYS, ignore_index=True)
