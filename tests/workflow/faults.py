@@ -179,9 +179,7 @@ class Driver:
             if not traced.returncode:
                 return
             self.heal(traced.stderr)
-        raise RuntimeError(
-            f"{self.folder} is not whole after {self.runs} runs; the end of the last log:\n{printed[-3000:]}"
-        )
+        raise RuntimeError(f"{self.folder} is not whole after {self.runs} runs; the last one:\n{printed[-3000:]}")
 
     # --- faults while it runs -----------------------------------------------------------------------------------
 
@@ -414,9 +412,9 @@ def scaled_demo(folder: Path) -> tuple[Path, dict[str, str]]:
     """Write the demo with almost no data, one of its tasks a download from this machine; return config, environment."""
     config = read_config(ROOT / "config" / "demo.yaml")
     config |= {"tasks": ["digits", "cifar100"], "seeds": [0, 1], "infer_degrees": [0, 14], "checkpoints_per_job": 2}
-    config["data"] = {"root": "data", "train": 64, "val": 8, "test": 60}
+    config["data"] = {"root": "data", "train": 64, "val": 12, "test": 60}
     config["learn"] |= {"images": 128, "epochs": 2, "held_out": 64}
-    config["finetune"] |= {"epochs": 3, "batch_size": 16}
+    config["finetune"] |= {"epochs": 3, "batch_size": 8}
     config["throughput"] |= {"batch_size": 8, "repeats": 5}
     path = folder / "demo.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
