@@ -183,23 +183,27 @@ class Driver:
 
     # --- faults while it runs -----------------------------------------------------------------------------------
 
-    def kill_jobs(self, number: int) -> None:
-        """Kill up to ``number`` jobs, one after the other, those of stages that were spared so far first."""
+    def kill_jobs(self, number: int, among: set[str] = frozenset()) -> None:
+        """Kill up to ``number`` jobs, one after the other, those of stages that were spared so far first.
+
+        Args:
+            among: the stages that may be hit; empty: all.
+        """
 
         def disturb(process: subprocess.Popen) -> None:
             left, dead = number, set[int]()
             while left and process.poll() is None:
                 before = Counter(fault.hit for fault in self.faults if fault.kind == "job killed")
                 now = [(before[stage], self.random.random(), stage, job) for stage, job in running(process.pid)]
-                now = [item for item in now if item[3].pid not in dead]
+                now = [item for item in now if item[3].pid not in dead and (not among or item[2] in among)]
                 if now and self.random.random() < 0.5:
                     *_, stage, job = min(now, key=lambda item: item[:2])
-                    time.sleep(self.random.uniform(0, 3))
+                    time.sleep(self.random.uniform(0, 1 if among else 3))
                     if signalled(job, signal.SIGKILL):
                         self.faults.append(Fault("job killed", stage))
                         dead.add(job.pid)
                         left -= 1
-                time.sleep(0.5)
+                time.sleep(0.2)
 
         before = len(self.faults)
         status, printed = self.run(disturb)
@@ -286,6 +290,7 @@ class Driver:
 
     def disturb(self, number: int) -> None:
         """Inject ``number`` faults or a few more: a round of each kind again and again, in an order that is drawn."""
+        self.kill_jobs(3, EARLY)
         while len(self.faults) < number:
             steps = [
                 lambda: self.kill_jobs(3),
@@ -301,15 +306,13 @@ class Driver:
                 for kind in self.random.sample(DAMAGES, 2):
                     self.damage(kind)
                 self.log(f"{len(self.faults)} faults so far")
-                if len(self.faults) >= number:
-                    break
-            if self.whole():  # so that trainings and evaluations are hit again, too
-                self.finish()
-                self.forget()
-
-    def whole(self) -> bool:
-        """Return whether the last table is there."""
-        return (self.results / "tables" / "main.md").exists()
+            self.finish()
+            for path in self.results.glob("*.csv"):
+                path.unlink()
+            for _ in range(2):
+                self.kill_jobs(4, LATE)
+            self.finish()
+            self.forget()  # so that trainings and evaluations are hit again, too
 
     def forget(self) -> None:
         """Remove what was made after the trainings, and one folder of checkpoints: jobs of all kinds are left."""
@@ -333,6 +336,9 @@ class Driver:
         return wrong
 
 
+#: Stages that few jobs are of: at the start (download, write), and at the end (aggregation).
+EARLY = {"fetch", "prepare", "study"}
+LATE = {"cells", "compare", "concat", "costs", "tables", "figures", "throughput"}
 #: What is done to files.
 DAMAGES = ["byte flipped", "file truncated", "file removed"]
 
