@@ -3,6 +3,8 @@
 import shutil
 import subprocess
 from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -282,6 +284,38 @@ def test_predictions_of_another_config_than_the_studys_are_refused_with_what_dif
     message = refusal(check_config, other, root, [path])
     assert "of another config than tiny's: settings.decline_within is 0" in message
     assert message.endswith(f"delete {path} and make it again")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"pretrain": {"epochs": 9}}, "settings.epochs is"),
+        ({"max_degree": 7, "infer_degrees": [0, 7]}, None),  # at most scored elsewhere: the same backbone
+        ({"pretrain": {"degree": "random"}}, "settings.degree is"),
+    ],
+)
+def test_a_backbone_that_another_study_made_for_its_name_is_refused_with_what_differs(
+    tmp_path, monkeypatch, change, says
+):
+    from tests.workflow.running import TINY
+    from tocom.study import read_study
+
+    monkeypatch.chdir(tmp_path)
+    config = read_study(TINY).model_dump(exclude_unset=True, mode="json") | {"store": "store"}
+    path = Path("store/backbones/tiny_vit.safetensors")
+    plan = Plan({"one": config})
+    plan.check_backbones()  # nothing there
+    job = plan.pretrain(SimpleNamespace(store="store", backbone="tiny_vit"))
+    save_arrays(path, {"x": np.zeros(1)}, {"made": made(job, path, {})})
+    plan.check_backbones()
+    merged = {key: config.get(key, {}) | value if isinstance(value, dict) else value for key, value in change.items()}
+    other = Plan({"two": config | merged})
+    if says is None:
+        other.check_backbones()
+    else:
+        message = refusal(other.check_backbones)
+        assert message.startswith(f"{path} is of another config than tiny's: {says}")
+        assert message.endswith(f"or delete {path} and make it again")
 
 
 # --- tracing --------------------------------------------------------------------------------------------------------

@@ -228,9 +228,14 @@ class Console(logging.Handler):
             self._tell(text.strip(), style="red" if level >= logging.ERROR else "yellow")
 
     @property
+    def makes_backbones(self) -> bool:
+        """Whether this run makes a backbone."""
+        return any(self.jobs[rule] for rule in ("import_backbone", "pretrain_backbone"))
+
+    @property
     def made_in_stores(self) -> bool:
         """Whether this run makes something that studies share."""
-        return any(self.jobs[rule] for rule in ("import_backbone", "pretrain_backbone", "learn"))
+        return self.makes_backbones or bool(self.jobs["learn"])
 
     def _run_info(self, record: Any) -> None:
         self.jobs = Counter({rule: n for rule, n in record.stats.items() if rule not in ("total", "all")})

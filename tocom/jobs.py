@@ -9,6 +9,8 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from itertools import product
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, ValidationError, model_validator
@@ -17,7 +19,8 @@ from tocom.bundled import resolve
 from tocom.data.catalogue import owner_of, read_catalogue
 from tocom.data.listing import TaskKind
 from tocom.errors import TocomError
-from tocom.files import parse_json
+from tocom.files import again, load_metadata, parse_json
+from tocom.made import difference, how
 from tocom.methods import DEFAULTS, ROLES
 from tocom.parts import described
 from tocom.settings import (
@@ -370,6 +373,27 @@ class Plan:
             max_degree=highest,
             settings=study.pretrain_for(name),
         )
+
+    def check_backbones(self) -> None:
+        """Raise TocomError if a store's backbone was made by another job than the one that is planned for its name.
+
+        A study that was planned apart may have made it; what Snakemake knows of it lies in that study's folder.
+        """
+        makes = {*self.made("timm"), *self.made("architecture")}
+        for (store, name), study in self.backbones.items():
+            file = Path(store) / "backbones" / f"{name}.safetensors"
+            made = load_metadata(file).get("made") if name in makes and file.is_file() else None
+            if made is None:
+                continue
+            planned = self.pretrain if study.backbone(name).architecture else self.import_backbone
+            job = how(planned(SimpleNamespace(store=store, backbone=name)))
+            if job.get("settings", {}).get("degree") == "fixed":  # then these say at which degrees it is scored alone
+                job = {key: value for key, value in job.items() if key not in ("compressor", "degrees", "max_degree")}
+            if changed := difference(made["job"], job):
+                raise TocomError(
+                    f"{file} is of another config than {study.study}'s: {changed}; give the backbone another name,"
+                    f" or the study another store, or {again(file)}"
+                )
 
     def learn(self, wildcards: Any) -> LearnJob:
         """Return the job that learns a part."""

@@ -98,6 +98,14 @@ def test_studies_in_two_folders_that_share_a_store_make_each_part_of_it_once(tmp
     assert again.returncode == 0, again.stdout + again.stderr
     assert {path: path.stat().st_mtime_ns for path in store.rglob("*.safetensors")} == made
     assert len(made) == 2
+    other = yaml.safe_load((folders["two"] / "mine.yaml").read_text())
+    other["pretrain"] = {**other.get("pretrain", {}), "weight_decay": 0.04}
+    (folders["two"] / "other.yaml").write_text(yaml.safe_dump(other | {"study": "other"}, sort_keys=False))
+    target = "results/other/checkpoints/tiny_vit/tome/digits/batch-0"
+    third = snakemake(folders["two"], "--rerun-triggers", "mtime", "--configfile", "other.yaml", "--", target)
+    assert third.returncode != 0
+    said = third.stdout + third.stderr
+    assert "tiny_vit.safetensors is of another config than other's: settings.weight_decay is 0.05, not 0.04" in said
 
 
 @pytest.mark.dag

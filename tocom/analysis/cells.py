@@ -83,6 +83,7 @@ def check_config(study, root: Path, files: Iterable[os.PathLike]) -> None:
     from tocom.jobs import Plan
 
     plan = Plan({study.study: json.loads(study.as_json())})
+    plan.check_backbones()
     learned = {job_hash(job) for job in plan.learned.values()}
     for path in map(Path, files):
         about = load_metadata(path).get("made")
