@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import subprocess
 
 import numpy as np
 import pandas as pd
@@ -285,6 +286,23 @@ def test_latex_tables_have_booktabs_rules_and_balanced_braces(made, tmp_path):
         for table in text.split("\\end{table}"):
             assert len({line.count(" & ") for line in table.splitlines() if line.endswith("\\\\")}) <= 1
         assert not re.search(r"(?<!\\)[%_#]", text.replace("{%\n", "{\n"))
+
+
+@pytest.mark.parametrize("n", [tables.PAGE, tables.PAGE + 1])
+def test_a_latex_table_that_a_page_cannot_hold_breaks_over_pages_with_all_rows_and_rules(n, tmp_path):
+    rows = [[tables.Text(it) for it in (str(i), "a method with quite a long name", f"{i}.5")] for i in range(n)]
+    text = tables.Table("T", "why <", ["degree", "method", "value"], rows, "all of it", rules=[2, n - 1]).latex()
+    lines = text.splitlines()
+    assert ("longtable" in text) == (n > tables.PAGE) != ("resizebox" in text)
+    assert text.count("why $<$") == text.count(r"\label{tab:all-of-it}") == 1
+    for number in (2, n - 1):  # a rule above each of these rows, and above no other
+        assert lines[lines.index(rf"{number} & a method with quite a long name & {number}.5 \\") - 1] == r"\midrule"
+    assert sum(line.endswith(r".5 \\") for line in lines) == n
+    if pdflatex := shutil.which("pdflatex"):
+        head = r"\documentclass{article}\usepackage{booktabs,graphicx,longtable}\begin{document}"
+        (tmp_path / "t.tex").write_text(f"{head}\n{text}\n\\end{{document}}\n")
+        command = [pdflatex, "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, timeout=60)
 
 
 def test_html_tables_escape_what_html_minds():

@@ -79,20 +79,36 @@ class Table:
         return f"<h3>{escape(self.title)}</h3>\n{body}\n<p>{escape(self.caption)}</p>\n"
 
     def latex(self) -> str:
-        """Return a table environment that needs the packages booktabs and graphicx."""
+        """Return a table that needs the packages booktabs and graphicx, or longtable where a page cannot hold it."""
         rows = [[_tex(cell.text, cell.bold) for cell in row] for row in self.rows]
         frame = pd.DataFrame(rows, columns=[_tex(name) for name in self.header])
-        layout = "l" * 2 + "r" * (len(self.header) - 2)
-        body = frame.to_latex(index=False, escape=False, column_format=layout)
-        for number in sorted(self.rules, reverse=True):
-            body = _rule_before(body, number)
+        caption, label = f"{_tex(self.title)}. {_tex(self.caption)}", f"tab:{_name(self.label)}"
+        numbers = "r" * (len(self.header) - 2)
+        if len(rows) > PAGE:
+            wide = (max(len(row[column].text) for row in self.rows) > 24 for column in (0, 1))
+            words = "".join(r"p{.19\linewidth}" if it else "l" for it in wide)
+            form = {"longtable": True, "caption": caption, "label": label}
+            body = frame.to_latex(index=False, escape=False, column_format=words + numbers, **form)
+            body = body.replace(rf"\caption[]{{{caption}}}", r"\caption[]{(continued)}")
+            fitted = r"\tiny\setlength{\tabcolsep}{2pt}\setlength{\LTcapwidth}{\linewidth}"
+            return f"{{{fitted}\n{self._ruled(body, 'endlastfoot')}}}\n"
+        body = frame.to_latex(index=False, escape=False, column_format=f"ll{numbers}")
         return (
-            "\\begin{table}\n\\centering\n"
-            f"\\caption{{{_tex(self.title)}. {_tex(self.caption)}}}\n\\label{{tab:{_name(self.label)}}}\n"
-            f"\\resizebox{{\\linewidth}}{{!}}{{%\n{body.rstrip()}}}\n\\end{{table}}\n"
+            f"\\begin{{table}}\n\\centering\n\\caption{{{caption}}}\n\\label{{{label}}}\n\\resizebox{{\\linewidth}}{{!}}{{%\n"
+            f"{self._ruled(body, 'midrule').rstrip()}}}\n\\end{{table}}\n"
         )
 
+    def _ruled(self, body: str, head: str) -> str:
+        """Draw the rules into the body of a LaTeX table, whose rows follow on the first command ``head``."""
+        lines = body.split("\n")
+        start = lines.index(f"\\{head}") + 1
+        for number in sorted(self.rules, reverse=True):
+            lines.insert(start + number, "\\midrule")
+        return "\n".join(lines)
 
+
+#: Rows that a page of LaTeX holds, with a caption.
+PAGE = 60
 #: How LaTeX writes what it does not take as it is.
 _ESCAPES = {character: f"\\{character}" for character in "&%#_${}"} | {
     "\\": r"\textbackslash{}",
@@ -119,12 +135,6 @@ def _tex(text: str, bold: bool = False) -> str:
 def _name(label: str) -> str:
     """Return a label without what LaTeX minds in one."""
     return re.sub(r"[^\w.:-]+", "-", label, flags=re.ASCII)
-
-
-def _rule_before(body: str, row: int) -> str:
-    lines = body.split("\n")
-    start = lines.index("\\midrule") + 1
-    return "\n".join([*lines[: start + row], "\\midrule", *lines[start + row :]])
 
 
 def signed(value: float, digits: int = 1) -> str:
