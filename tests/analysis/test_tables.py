@@ -316,6 +316,13 @@ def test_signed_numbers_have_no_negative_zero():
     assert [tables.signed(x) for x in (0.04, -0.04, 1.25, -3.0)] == ["+0.0", "+0.0", "+1.2", "-3.0"]
 
 
+def test_an_interval_says_on_which_side_of_zero_its_ends_are():
+    assert tables.with_interval(2.93, -0.02, 5.89) == "+2.9 [-0.0, +5.9]"
+    assert tables.with_interval(-0.04, -1.0, 0.04) == "+0.0 [-1.0, +0.0]"
+    assert tables.with_interval(0.0, -1e-15, -0.0) == "+0.0 [+0.0, +0.0]"
+    assert tables.with_interval(0.012, -0.004, 0.028, 2) == "+0.01 [-0.00, +0.03]"
+
+
 # --- published figures ----------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from tocom.analysis.run import (
     transfer_methods,
     transferred,
 )
-from tocom.analysis.tables import NOT_RUN, STARS_CAPTION, VTAB_NOTE, Table, Text, gain_text, signed
+from tocom.analysis.tables import NOT_RUN, STARS_CAPTION, VTAB_NOTE, Table, Text, gain_text, signed, with_interval
 from tocom.settings import PLAIN
 
 #: What each kind of study (its key ``paper``) asks.
@@ -142,11 +142,10 @@ def _mean_transfer(run: Run) -> str:
     by_seed = others.dropna(subset="change").groupby("seed").change.mean()
     if by_seed.empty:
         return NOT_RUN
-    text = signed(by_seed.mean())
     if len(by_seed) < 2 or not by_seed.std() > 0:
-        return text
-    low, high = stats.ttest_1samp(by_seed, 0).confidence_interval(0.95)
-    return f"{text} [{signed(low)}, {signed(high)}] (t interval over seeds)"
+        return signed(by_seed.mean())
+    ends = stats.ttest_1samp(by_seed, 0).confidence_interval(0.95)
+    return f"{with_interval(by_seed.mean(), *ends)} (t interval over seeds)"
 
 
 def _transfer_progress(run: Run) -> tuple[int, int]:

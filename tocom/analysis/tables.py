@@ -142,6 +142,12 @@ def signed(value: float, digits: int = 1) -> str:
     return f"{round(value, digits) + 0.0:+.{digits}f}"
 
 
+def with_interval(value: float, low: float, high: float, digits: int = 1) -> str:
+    """Return a difference with its interval, an end below 0 with its sign: "[-0.0, +5.9]" holds 0."""
+    ends = (f"{round(end, 9) + 0.0:+.{digits}f}" for end in (low, high))
+    return f"{signed(value, digits)} [{', '.join(ends)}]"
+
+
 def gain_text(pair: Pair, corrected: pd.Series) -> str:
     """Return a gain that was tested with its interval and stars.
 
@@ -152,7 +158,7 @@ def gain_text(pair: Pair, corrected: pd.Series) -> str:
     if pair.declined:
         return DECLINED
     mark = PRIMARY if row.primary else ""
-    return f"{signed(row.gain)} [{signed(row.low)}, {signed(row.high)}]{stars(corrected[row.name])}{mark}"
+    return f"{with_interval(row.gain, row.low, row.high)}{stars(corrected[row.name])}{mark}"
 
 
 def p_text(p: float) -> str:
@@ -425,7 +431,7 @@ def harm_table(run: Run, backbone: str) -> Table:
             Text(f"{run.title(row.after)} over {run.title(row.before)}"),
             Text(row.scope),
             Text(str(row.n_conditions)),
-            Text(f"{signed(row.cost, 2)} [{signed(row.low, 2)}, {signed(row.high, 2)}]"),
+            Text(with_interval(row.cost, row.low, row.high, 2)),
             Text(p_text(row.p)),
         ]
         for _, row in mine.iterrows()
@@ -482,7 +488,7 @@ def mismatch_table(run: Run, backbone: str, scope: Scope) -> Table:
 def _loss_cell(row: pd.Series | None, is_planned: bool) -> Text:
     if row is None:
         return Text(NOT_RUN if is_planned else NOT_PLANNED)
-    return Text(f"{signed(row.loss)} [{signed(row.low)}, {signed(row.high)}]{stars(row.corrected)}")
+    return Text(with_interval(row.loss, row.low, row.high) + stars(row.corrected))
 
 
 def _most_mismatched(pairs: Iterable[Pair]) -> list[Pair]:
