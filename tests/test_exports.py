@@ -1,12 +1,15 @@
 """What is exported computes what the model computes, for any size of a batch, and what does not is not kept."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.small import build, refusal
-from tocom import CompressedViT, exports, load_part
+from tocom import CompressedViT, Server, exports, load_part
 from tocom.exports import export
 from tocom.methods import PARTS
 from tocom.parts import part_class
@@ -107,4 +110,25 @@ def test_what_cannot_be_exported_is_refused_in_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.export, "export", fail)
     assert "cannot be exported (data-dependent shape); name the one size" in refusal(export, vit, tmp_path / "a.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_of_a_server_does_not_say_what_is_folded_into_it_and_is_refused(make_vit, make_compensator, tmp_path):
+    vit = CompressedViT(make_vit()).eval().attach(make_compensator())
+    assert "folded into this model of a server" in refusal(export, Server(vit).at(4), tmp_path / "vit.pt2")
+
+
+@pytest.mark.parametrize("name", ["vit.pt2", "vit.onnx"])
+def test_a_full_disk_is_one_line_and_leaves_nothing(name, tmp_path):
+    """In a process of its own, which a writer might end."""
+    program = (
+        "import resource, sys; from tests.small import build; from tocom import CompressedViT, TocomError, export\n"
+        "vit = CompressedViT(build(), degree=3).eval()\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+        "try: export(vit, sys.argv[1])\n"
+        "except TocomError as error: print(error)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / name)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    assert "free some space" in done.stdout
     assert not list(tmp_path.iterdir())

@@ -7,14 +7,18 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
-from tests.small import refusal
+from tests.small import refusal, tune
 from tocom import Compensator, load_part, make_part
+from tocom.cli import app
 from tocom.files import load_metadata
 from tocom.hub import CARD, CONFIG, WEIGHTS
+from tocom.jobs import EvaluateJob
 from tocom.methods.tocom import ToCom
 from tocom.methods.widecom import WideCom
 from tocom.parts import Shape
+from tocom.stages.evaluate import evaluate
 
 COMMIT = "a" * 40  # what the stand-in for the Hub calls main
 
@@ -87,6 +91,25 @@ def test_one_line_brings_a_part_from_the_hub(part, published):
     assert same(ToCom.from_pretrained("someone/part@main"), part)
     assert {(repository, name) for _, repository, _, name in published.asked} == {("someone/part", WEIGHTS)}
     assert "holds a ToCom, not a WideCom" in refusal(WideCom.from_pretrained, "someone/part")
+
+
+def test_models_are_evaluated_and_timed_with_a_part_from_the_hub_or_a_folder(
+    part, published, backbone, digits, compensator, tmp_path
+):
+    checkpoint, _ = tune(backbone, digits, tmp_path / "models")
+    job = {"methods": {"tocom": {"infer_degrees": [0, 4], "compensated": True}}, "settings": {"device": "cpu"}}
+    cells, sums = [], []
+    for number, place in enumerate((compensator, "someone/part", tmp_path / "folder")):
+        output = tmp_path / f"{number}.safetensors"
+        cells.append(evaluate(EvaluateJob(**job), checkpoint, digits, {"tocom": place}, output))
+        sums.append(load_metadata(output)["made"]["inputs"][-1]["role"])
+    assert cells[0] == cells[1] == cells[2]
+    assert sums == ["compensator"] * 3
+    timed = {"methods": {"tome": False, "tocom": True}, "degrees": [4], "settings": {"device": "cpu", "repeats": 1}}
+    command = ["throughput", json.dumps(timed), "--backbone", str(backbone), "--compensator", "tocom=someone/part"]
+    result = CliRunner().invoke(app, [*command, "--output", str(tmp_path / "throughput.csv")], catch_exceptions=False)
+    assert result.exit_code == 0
+    assert WEIGHTS in (tmp_path / "throughput.sha256").read_text()
 
 
 def test_what_is_not_on_the_hub_is_refused_and_files_are_not_looked_for_there(published, tmp_path, monkeypatch):

@@ -24,6 +24,27 @@ from tocom.trace import trace
 # --- lists of sums --------------------------------------------------------------------------------------------------
 
 
+def test_inputs_elsewhere_that_are_named_like_the_output_or_each_other_keep_records_of_their_own(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    places = [tmp_path / name / "cells.csv" for name in ("a", "b", "out")]
+    for place in places:
+        place.parent.mkdir()
+        place.write_text(f"a\n{place.parent.name}\n")
+    *inputs, output = places
+    seal(output, inputs)
+    sums = recorded_sums(output.with_suffix(".sha256"))
+    assert sums == {
+        "cells.csv": sha256(output),
+        "../a/cells.csv": sha256(inputs[0]),
+        "../b/cells.csv": sha256(inputs[1]),
+    }
+    check(output)
+    save_arrays(tmp_path / "a" / "part.safetensors", {"x": np.zeros(1)}, {})
+    about = made({}, tmp_path / "out" / "part.safetensors", {"checkpoint": tmp_path / "a" / "part.safetensors"})
+    assert [item["file"] for item in about["inputs"]] == ["../a/part.safetensors"]
+
+
 @pytest.fixture
 def table(tmp_path, monkeypatch):
     """A table that was made of a CSV, in a study's folder."""
@@ -333,6 +354,14 @@ def test_a_trace_reaches_the_checkpoint_the_backbone_and_the_images(moved):
         + ["backbone.safetensors"]
     )
     assert not traced.gone
+
+
+@pytest.mark.parametrize("about", [{"kind": "task"}, {"made": {"job": 1}}, {"made": [1]}, {"kind": "task", "sizes": 3}])
+def test_a_trace_ends_at_metadata_of_another_form(tmp_path, about):
+    save_arrays(tmp_path / "odd.safetensors", {"x": np.zeros(1)}, about)
+    assert "odd.safetensors holds metadata that this version cannot read" in str(
+        trace(tmp_path / "odd.safetensors").error
+    )
 
 
 @pytest.mark.parametrize("name", ["learned.safetensors", "backbone.safetensors", "digits.safetensors"])

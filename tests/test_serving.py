@@ -86,13 +86,26 @@ def test_scales_can_differ_by_degree(make_vit, wide, images):
 def test_what_is_refused_leaves_the_server_as_it_was(make_vit, wide, images):
     server = Server(fixed(make_vit(), wide, 0), keep=2)
     server.degree = 4
-    for degree in (-1, 7, (1, 2), 2.5, "24"):  # 7: the compensator goes up to 6
+    for degree in (-1, 7, (1, 2), 2.5, "24", True, [[1], 2, 3], {4}):  # 7: the compensator goes up to 6
         with pytest.raises(TocomError):
             server.degree = degree
     assert (server.degree, server.prepared) == (4, (0, 4))
+    server = Server(fixed(make_vit(), wide, 0), scale={0: 1.0, 5: 0.5}, keep=2)
+    server.at(5)
+    assert "no scale was given for degree 3" in refusal(server.at, 3)
+    assert server.prepared == (0, 5)
     assert "keep 0 is out of range" in refusal(Server, fixed(make_vit(), wide, 0), keep=0)
     assert "no curve" in refusal(server, images, latency=1.0)
     assert "3 degrees are to be measured, 2 stay prepared" in refusal(server.measure, (0, 1, 2))
+    for wrong in ({"repeats": 0}, {"quantile": 2}, {"batch_sizes": ()}, {"batch_sizes": (0,)}):
+        assert "a curve needs degrees" in refusal(server.measure, (0, 5), **wrong)
+
+
+def test_an_inflected_degree_is_not_taken_for_a_count_in_each_of_two_blocks():
+    server, images = Server(CompressedViT(build())), torch.randn(2, 3, 32, 32)
+    for degree in (Inflected(4, 0.0), (4, 0)):
+        assert torch.equal(server(images, degree), logits_of(CompressedViT(build(), degree=degree), images))
+    assert len(server.prepared) == 3
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
@@ -236,7 +249,12 @@ def test_a_curve_comes_back_from_its_file_and_nothing_else_does(tmp_path):
     assert Curve.read(tmp_path / "curve.csv") == curve
     (tmp_path / "other.csv").write_text("degree,seconds\n0,1\n")
     assert "is no curve" in refusal(Curve.read, tmp_path / "other.csv")
-    assert "is no curve" in refusal(Curve.read, tmp_path / "absent.csv")
+    assert "no such file" in refusal(Curve.read, tmp_path / "absent.csv")
+    header = "degree,batch_size,seconds\n"
+    texts = (f"{header}1.7,1,1\n", f"{header}inf,1,1\n", f"{header}x,1,1\n", f"{header}0,1\n", f"{header}5,1,1,1\n")
+    for text in (*texts, "degree,batch_size,seconds,seconds\n0,1,1,1\n"):
+        (tmp_path / "other.csv").write_text(text)
+        refusal(Curve.read, tmp_path / "other.csv")
     for wrong in ({}, {0: {}}, {0: {1: 0.0}}, {0: {1: float("nan")}}):
         assert "positive" in refusal(Curve, wrong)
     assert "of different degrees" in refusal(Curve, NO_MODEL, {0: 1.0})
@@ -265,6 +283,14 @@ def test_a_checkpoint_and_a_compensator_are_served_from_their_files(backbone, di
     vit = fixed(model, load_part(compensator, "compensator"), 4, source=2)
     assert torch.equal(server(pixels, 4), logits_of(vit, normalise(pixels, model)))
     assert load_compressed(backbone, device="cpu").degree == 0
+
+
+@pytest.mark.parametrize(
+    "about", [{"compressor": 7}, {"compressor": {}}, {"train_degree": "²"}, {"train_degree": "--5"}]
+)
+def test_metadata_of_another_form_are_refused_in_one_line(about, tmp_path):
+    save_model(tmp_path / "model.safetensors", build(), ARCHITECTURE, KWARGS, **about)
+    assert "model.safetensors" in refusal(load_compressed, tmp_path / "model.safetensors", device="cpu")
 
 
 def test_a_compensator_of_another_backbone_is_refused(backbone, digits, compensator, tmp_path):

@@ -221,13 +221,15 @@ def throughput(
 ) -> None:
     """Measure images a second and memory at each degree, with and without compensators, side by side."""
     from tocom.files import write_rows
+    from tocom.hub import locate
     from tocom.jobs import ThroughputJob, read_job
     from tocom.made import seal
     from tocom.stages.throughput import throughput as stage
 
     it, added = read_job(ThroughputJob, job, sets or ()), pairs(compensator, "--compensator")
+    files = [locate(place)[0] for place in added.values()]
     write_rows(stage(it, backbone, added, learned), output)
-    seal(output, [*added.values(), *([] if learned is None else [learned])])
+    seal(output, [*files, *([] if learned is None else [learned])])
 
 
 @app.command()

@@ -7,6 +7,7 @@ import os
 import warnings
 from collections.abc import Callable
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from tocom.compressed import Compressed
 from tocom.errors import TocomError, first_line
 from tocom.files import atomic
+from tocom.folding import is_folded
 from tocom.parts import describe
 
 #: What ONNX needs that the package does not ask for: the extra "export".
@@ -55,8 +57,8 @@ def export(
         tolerance: largest difference from the model, as a share of the largest logit, with which the file is kept.
 
     Raises:
-        TocomError: the ending is another, a package is missing, the model is in train mode or on another device or
-            cannot be exported, or the difference is beyond the tolerance. There is no file then.
+        TocomError: the ending is another, a package is missing, the model is in train mode, on another device or of a
+            server or cannot be exported, or the difference is beyond the tolerance. There is no file then.
     """
     path = Path(path)
     if path.suffix not in _WRITERS:
@@ -66,6 +68,11 @@ def export(
         raise TocomError(f"ONNX needs {' and '.join(missing)}; pip install {' '.join(_NEEDED)}")
     if model.training or next(model.parameters()).device.type != "cpu":
         raise TocomError("a model is exported from a CPU and in eval mode; call model.cpu().eval() first")
+    if model.compensator is None and is_folded(model.model):
+        raise TocomError(
+            "a compensator is folded into this model of a server, which does not say which; export the model that it is"
+            " attached to (tocom.load_compressed)"
+        )
     program, sizes = _program(model, batch_size), _SIZES if batch_size is None else (batch_size,)
     write, read = _WRITERS[path.suffix]
     with atomic(path) as temporary:
@@ -123,6 +130,8 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, said: str) ->
             onnx = torch.onnx.export(program, dynamo=True, verbose=False)
             onnx.model.metadata_props[_ABOUT] = said
             onnx.save(path, external_data=False)
+    except OSError:
+        raise
     except Exception as error:
         raise TocomError(f"torch cannot write it as ONNX ({first_line(error)}); write a .pt2 instead") from error
 
@@ -136,8 +145,10 @@ def _read_onnx(path: Path) -> Callable[[Tensor], Tensor]:
 
 
 def _write_pt2(program: torch.export.ExportedProgram, path: Path, said: str) -> None:
+    written = BytesIO()  # torch's own writer ends the process where a disk is full
     with _quietly():
-        torch.export.save(program, path, extra_files={_ABOUT: said})
+        torch.export.save(program, written, extra_files={_ABOUT: said})
+    path.write_bytes(written.getbuffer())
 
 
 def _read_pt2(path: Path) -> Callable[[Tensor], Tensor]:

@@ -283,6 +283,8 @@ def read_rows(path: str | os.PathLike, numbers: Sequence[str] = (), **options: A
             raise ValueError("it has a zero byte in it")
         frame = pd.read_csv(io.BytesIO(content), encoding="utf-8-sig", **options)
         header = [name.strip() for name in next(csv.reader(io.StringIO(content.decode("utf-8-sig"))))]
+        if not isinstance(frame.index, pd.RangeIndex):  # of rows that are longer than it, the first cells are taken
+            raise ValueError(f"its rows have more cells than the {len(header)} columns of its header")
     except (ValueError, csv.Error) as error:  # pandas' own errors and those of decoding are ValueErrors
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".;")
         raise TocomError(f"{path} is not a readable CSV ({reason}); save it as UTF-8 with commas") from None

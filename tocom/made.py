@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from tocom.files import FOLDER_SUMS, Paths, again, listed, load_metadata, record
 PACKAGE = Path(__file__).parent
 #: What of the package makes no number of a model: another version of it makes no other checkpoints or predictions.
 _APART = re.compile(
-    r"(methods|analysis(?!/scores)|stages/(benchmark|works)|data/(fetch|store)|bundled|checks|cli\w*|console|errors|gpus"
-    r"|jobs|made|plan|starting|study|trace)[/.]"
+    r"(methods|analysis(?!/scores)|stages/(benchmark|eager|overheads|serve|works)|data/(fetch|store)|bundled|checks"
+    r"|cli\w*|console|errors|exports|gpus|hub|jobs|made|plan|serving|starting|study|trace)[/.]"
 )
 #: Keys of jobs that say which models are meant, or where something lies, and not how anything is made.
 _WHICH = {"checkpoints", "seeds", "train_degrees", "infer_degrees", "root", "data_root"}
@@ -126,8 +126,8 @@ def made(job: Any, output: str | os.PathLike, inputs: Mapping[str, Paths | None]
         TocomError: an input is missing, or not what its job has left.
     """
     files = [(role, resolve(file)) for role, those in inputs.items() if those is not None for file in listed(those)]
-    folder = Path(output).parent
-    named = [{"role": role, "file": _name(file, folder), "sha256": hashed(file)} | _said(file) for role, file in files]
+    names = _names([file for _, file in files], Path(output).parent, lambda name: name == Path(output).name)
+    named = [{"role": r, "file": n, "sha256": hashed(f)} | _said(f) for (r, f), n in zip(files, names, strict=True)]
     return {"job": how(job), "code": code(parts), "inputs": named}
 
 
@@ -173,6 +173,15 @@ def _hash_of(file: Path, *_) -> str:
     return sha256(file)
 
 
+def _names(files: Sequence[Path], folder: Path, taken: Callable[[str], bool]) -> list[str]:
+    """Return what files are called in a record: :func:`_name`, or where that is taken or another's, their path."""
+    owners: dict[str, Path] = {}
+    names = [_name(file, folder) for file in files]
+    clear = [not taken(name) and owners.setdefault(name, file) == file for name, file in zip(names, files, strict=True)]
+    paths = (os.path.relpath(file.absolute(), folder.absolute()) for file in files)
+    return [name if it else path for name, it, path in zip(names, clear, paths, strict=True)]
+
+
 def _name(file: Path, folder: Path) -> str:
     """Return what a file is called in another's record: no part of it depends on where the study's folder lies."""
     bundled = next((name for name, path in BUNDLED.items() if path == file), None)
@@ -215,7 +224,9 @@ def seal(outputs: Paths, inputs: Iterable[str | os.PathLike] = (), folder: bool 
     earlier = {name: value for name, value in recorded_sums(place).items() if folder and is_output(place, name)}
     sums = {name: value for name, value in earlier.items() if (place.parent / name).exists()}
     sums |= {path.name: sha256(path) for path in outputs}
-    sums |= {_name(path, place.parent): hashed(path) for path in map(Path, inputs)}
+    inputs = [*map(Path, inputs)]
+    names = _names(inputs, place.parent, lambda name: is_output(place, name))
+    sums |= {name: hashed(path) for name, path in zip(names, inputs, strict=True)}
     write_sums(place, f"tocom {__version__}", sums)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tocom.compressed import Compressed
 from tocom.degrees import Degree, Inflected
 from tocom.errors import TocomError
-from tocom.files import write_rows
+from tocom.files import read_rows, understood, write_rows
 from tocom.folding import changed, check_deltas, mark
 from tocom.methods import DEFAULTS
 from tocom.models import compress, load_model, pick_device
@@ -67,17 +67,12 @@ class Curve:
         Raises:
             TocomError: the file is missing or no such table.
         """
-        import pandas as pd
-
-        try:
-            table = pd.read_csv(path)
-            rows = [(int(d), int(n), float(s)) for d, n, s in table[list(_COLUMNS)].itertuples(index=False)]
-        except (OSError, KeyError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise TocomError(f"{path} is no curve ({reason}); it has columns {', '.join(_COLUMNS)}") from None
+        table = read_rows(path, _COLUMNS)
+        if list(table.columns) != list(_COLUMNS) or any(table[it].dtype.kind not in "iu" for it in _COLUMNS[:2]):
+            raise TocomError(f"{path} is no curve; it has columns {', '.join(_COLUMNS)}, the first two whole numbers")
         seconds: dict[int, dict[int, float]] = {}
-        for degree, size, value in rows:
-            seconds.setdefault(degree, {})[size] = value
+        for degree, size, value in table.itertuples(index=False):
+            seconds.setdefault(int(degree), {})[int(size)] = float(value)
         return cls(seconds, scores or {})
 
     def write(self, path: str | os.PathLike) -> None:
@@ -192,8 +187,10 @@ class Server:
         Raises:
             TocomError: the degree is malformed, or beyond what the compensator was trained for.
         """
+        self._model.compressor.counts(degree, self._model.depth)  # refuses what is malformed
         listed = isinstance(degree, Sequence) and not isinstance(degree, Inflected)
-        key = tuple(degree) if listed else degree
+        degree = tuple(degree) if listed else degree
+        key = type(degree), degree  # an Inflected degree equals the pair of its numbers
         found = self._find(key)
         if found is None:
             with self._preparing:  # one at a time; batches at degrees that are prepared go on
@@ -207,11 +204,11 @@ class Server:
             return self._prepared.get(key)
 
     @torch.no_grad()
-    def _prepare(self, degree: Degree) -> Compressed:
+    def _prepare(self, key: tuple[type, Degree]) -> Compressed:
         """Return a copy of the model at a degree that shares with it all tensors that the compensator leaves alone."""
-        source, model = self._model, self._model.model
-        source.compressor.counts(degree, source.depth)  # refuses what is malformed before another gives way
+        source, model, degree = self._model, self._model.model, key[1]
         deltas = {} if self.compensator is None else self.compensator.deltas(source.source_degree, degree)
+        scale = self.scale_at(degree) if deltas else 0.0
         check_deltas(model, deltas)
         with self._looking:
             while len(self._prepared) >= self.keep:
@@ -220,14 +217,14 @@ class Server:
         own = {}
         for name, delta in deltas.items():
             parameter = model.get_parameter(name)
-            folded = changed(parameter, delta, self.scale_at(degree))
+            folded = changed(parameter, delta, scale)
             if not torch.equal(folded, parameter):
                 own[id(parameter)] = nn.Parameter(folded, requires_grad=False)
         copy = deepcopy(source, shared | own)  # what it finds in there, it does not copy
         copy.set_degree(degree)
         mark(copy.model, bool(own))
         with self._looking:
-            self._prepared[degree] = copy
+            self._prepared[key] = copy
         return copy
 
     def scale_at(self, degree: Degree) -> float:
@@ -292,8 +289,12 @@ class Server:
             scores: degree -> how good the model is there.
 
         Raises:
-            TocomError: there are more degrees than stay prepared.
+            TocomError: there are more degrees than stay prepared, or nothing is to be measured.
         """
+        if repeats < 1 or not 0 <= quantile <= 1 or not degrees or not batch_sizes or min(batch_sizes) < 1:
+            raise TocomError(
+                "a curve needs degrees, sizes of batches, repeats of at least 1 and a quantile from 0 to 1"
+            )
         if len(degrees) > self.keep:
             raise TocomError(f"{len(degrees)} degrees are to be measured, {self.keep} stay prepared; raise keep")
         models = {degree: self.at(degree) for degree in degrees}
@@ -329,10 +330,10 @@ def load_compressed(
     model, about = load_model(checkpoint)
     if "decoder" in about["beside"]:
         raise TocomError(f"{checkpoint} is for segmentation, which is not served; evaluate it (`tocom evaluate`)")
-    source = source_degree(about.get("train_degree", "0"))
-    compressed = compress(
-        model.to(pick_device(device)), about, about.get("compressor", DEFAULTS["compressor"]), source or 0
-    )
+    with understood(checkpoint):
+        source = source_degree(about.get("train_degree", "0"))
+        kind = about.get("compressor", DEFAULTS["compressor"])
+        compressed = compress(model.to(pick_device(device)), about, kind, source or 0)
     if compensator is not None:
         if source is None:
             raise TocomError(f"{checkpoint} was trained at no one degree, so that there is nothing to compensate from")

@@ -11,7 +11,7 @@ from rich.tree import Tree
 
 from tocom.bundled import resolve
 from tocom.errors import TocomError
-from tocom.files import FOLDER_SUMS, again, recorded_sums, verify_tensors
+from tocom.files import FOLDER_SUMS, again, recorded_sums, understood, verify_tensors
 from tocom.made import hashed, is_output, job_hash, located, sums_of
 
 #: Lists of the images of a downloaded data set, of which every file is hashed but none is shown.
@@ -98,7 +98,9 @@ def _recorded(folder: Path) -> Iterator[Path]:
 def _said(path: Path) -> tuple[str, list[Input]]:
     """Return what a file says of itself, in short, and of what it was made; check what it holds."""
     if path.suffix == ".safetensors":
-        return _of_tensors(path, verify_tensors(path))
+        about = verify_tensors(path)
+        with understood(path):
+            return _of_tensors(path, about)
     if path.name == _IMAGES:
         sums = recorded_sums(path)
         for name, value in sums.items():

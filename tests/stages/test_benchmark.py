@@ -157,6 +157,12 @@ def test_the_eager_reference_computes_the_same_method(degree):
     torch.testing.assert_close(EagerToMe(model, degree)(images), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("other", [{"qk_norm": True}, {"class_token": False, "global_pool": "avg"}, {"reg_tokens": 1}])
+def test_of_another_vit_there_is_no_eager_reference(other):
+    with pytest.raises(TocomError, match="of a plain ViT"):
+        EagerToMe(build(**other))
+
+
 def test_variants_of_a_step_have_the_same_gradients():
     for stage in ("fine-tuning", "distillation"):
         gradients = {}
@@ -348,6 +354,13 @@ def test_a_foreign_csv_is_not_written_over(tmp_path, text):
     with pytest.raises(TocomError, match="is no table of `tocom benchmark`"):
         run(tmp_path, [4], ON_GPU)
     assert (tmp_path / "benchmark.csv").read_text() == text
+
+
+def test_names_that_are_not_known_are_refused(tmp_path):
+    for given in ({"precisions": ["bfloat16"]}, {"training": ["some_wit"]}):
+        with pytest.raises(TocomError, match="is none of"):
+            run(tmp_path / "new", **given)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(

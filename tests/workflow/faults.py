@@ -144,8 +144,10 @@ class Driver:
             named = self.folder / path
             for fault in self.faults:
                 hit = self.folder / fault.hit
-                if fault.kind in DAMAGES and (named in (hit, *hit.parents) or hit in named.parent.glob(named.name)):
-                    fault.noticed = True
+                is_told = hit == named or hit in named.parent.glob(named.name)
+                if named in hit.parents:  # it may go with its folder for the sake of another file
+                    is_told = fault.hit in printed
+                fault.noticed |= is_told and fault.kind in DAMAGES
             for there in list(named.parent.glob(named.name)):
                 shutil.rmtree(there) if there.is_dir() else there.unlink()
                 if not SUMS.search(there.name):

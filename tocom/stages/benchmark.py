@@ -20,7 +20,7 @@ import torch
 
 from tocom.analysis.tables import NOT_RUN, Table, Text
 from tocom.compressed import gflops
-from tocom.errors import TocomError
+from tocom.errors import TocomError, suggest
 from tocom.files import atomic
 from tocom.models import check_patches, default_proportional_attention
 from tocom.settings import BenchmarkSettings
@@ -254,6 +254,10 @@ def benchmark(
         TocomError: a backbone, a degree or the device is unknown, or other figures would be lost.
     """
     settings, degrees = settings or BenchmarkSettings(), sorted({0, *degrees})
+    given = {"precision": (precisions, ["fp32", *DTYPES]), "training": (training or (), backbones)}
+    for what, (names, known) in given.items():
+        if unknown := [name for name in names if name not in known]:
+            raise TocomError(f"{what} {unknown[0]!r} is none of {', '.join(known)}{suggest(unknown[0], known)}")
     torch.set_num_threads(settings.threads)
     size = {} if settings.image_size is None else {"img_size": settings.image_size}
     subjects = {

@@ -10,15 +10,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tocom.errors import TocomError
+
 
 class EagerToMe(nn.Module):
     """A plain ViT of timm (class token, no q/k norm, no gate) that merges ``degree`` pairs of tokens in every block.
 
     The model's own weights and modules are used, where they are.
+
+    Raises:
+        TocomError: it is another ViT, whose pass would not be the one that is compared with.
     """
 
     def __init__(self, model: nn.Module, degree: int = 0):
         super().__init__()
+        norms = (getattr(block.attn, name, None) for block in model.blocks for name in ("q_norm", "k_norm", "norm"))
+        if model.num_prefix_tokens != 1 or not all(isinstance(norm, nn.Identity | None) for norm in norms):
+            raise TocomError(
+                "the eager reference is of a plain ViT, with a class token and no norm of queries and keys; benchmark"
+                " one, such as deit_base_patch16_224"
+            )
         self.model, self.degree = model, degree
 
     def set_degree(self, degree: int) -> EagerToMe:

@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 from torch import nn
 from tqdm import tqdm
 
+from tocom.bundled import resolve
 from tocom.compressed import Compressed, gflops
 from tocom.errors import TocomError
 from tocom.files import Paths, checkpoint_files, listed, save_arrays, sha256
+from tocom.hub import WEIGHTS, locate
 from tocom.jobs import EvaluatedMethod, EvaluateJob
 from tocom.made import made
 from tocom.models import compress, family_of, load_model, pick_device
@@ -97,10 +99,19 @@ def _method(
 ) -> Evaluated:
     if not how.compensated:
         return Evaluated(name, how, None)
-    files = listed(compensators[name])
-    adapted = len(files) == 1 and files[0].is_dir()  # one for each checkpoint, named as it is
-    file = files[0] / Path(checkpoint).name if adapted else file_of_seed(files, seed)
-    return Evaluated(name, how, load_part(file, "compensator"), file)
+    places = listed(compensators[name])
+    if len(places) == 1 and _of_checkpoints(places[0]):
+        file = place = places[0] / Path(checkpoint).name
+    else:
+        files = {locate(place)[0]: place for place in places}
+        file = file_of_seed([*files], seed)
+        place = files[file]  # by which a part knows that it comes from the Hub
+    return Evaluated(name, how, load_part(place, "compensator"), file)
+
+
+def _of_checkpoints(place: Path) -> bool:
+    """Return whether a folder has a file for each checkpoint, named as it is, and not one part as the Hub has it."""
+    return place.is_dir() and not (place / WEIGHTS).is_file()
 
 
 def evaluate_checkpoint(
@@ -248,7 +259,7 @@ def check_compensator(checkpoint: str | os.PathLike, meta: dict, model: nn.Modul
             f" ({meta['backbone_sha256'][:12]}, {made_for[:12]}); learn one for its backbone"
         )
     adapted_to = compensator.metadata.get("adapted_to")
-    if adapted_to is not None and adapted_to != sha256(checkpoint):
+    if adapted_to is not None and adapted_to != sha256(resolve(checkpoint)):
         raise TocomError(f"{checkpoint} is not the model that this compensator was adapted to; adapt one to it")
     run = family_of(model).how(meta) | family_of(model).run_as(model)
     for name, value in run.items():

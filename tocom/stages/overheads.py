@@ -79,7 +79,7 @@ def grid(
     """
     small = device.type == "cpu"
     precision, batch = ("fp32", 64) if small else (settings.precision, settings.batch_size)
-    n_val, n_test = images or ((64, 256) if small else (2 * batch, 8 * batch))
+    n_val, n_test = images or ((200, 800) if small else (2 * batch, 8 * batch))  # on a CPU the demo's
     with tempfile.TemporaryDirectory() as name:
         checkpoint, compensator = Path(name, "train-0_seed-0.safetensors"), Path(name, "tocom.safetensors")
         model, job = _grid_inputs(checkpoint, compensator, degrees, precision, batch, device, settings.threads)
