@@ -103,9 +103,9 @@ def _method(
     if len(places) == 1 and _of_checkpoints(places[0]):
         file = place = places[0] / Path(checkpoint).name
     else:
-        files = {locate(place)[0]: place for place in places}
-        file = file_of_seed([*files], seed)
-        place = files[file]  # by which a part knows that it comes from the Hub
+        files = [locate(place)[0] for place in places]
+        file = file_of_seed(files, seed)
+        place = places[files.index(file)]  # by which a part knows that it comes from the Hub
     return Evaluated(name, how, load_part(place, "compensator"), file)
 
 
