@@ -42,6 +42,8 @@ MEASURED = re.compile(r"throughput|costs|/(checkpoints|adapted|learned)/.*\.csv$
 SUMS = re.compile(r"\.sha256$|^SHA256SUMS$")
 #: What a refusal says is to be done.
 TOLD = re.compile(r"delete ([^;]+?) and make it again|run `(tocom data fetch [^`]+)`")
+#: What a run says that has made all.
+ENDED = re.compile(r"^(Done: (\d+) of \2 jobs|Nothing to be done)", re.MULTILINE)
 #: Bytes of a file that the full disk still takes.
 DISK = 40_000
 #: Most runs of the study until it has to be whole.
@@ -234,6 +236,8 @@ class Driver:
         status, printed = self.run(disturb)
         for fault in self.faults[before:]:
             fault.noticed = status != 0
+        if not status and ENDED.search(printed):  # the signal came when all was done
+            del self.faults[before:]
         self.heal(printed)
 
     def fill_disk(self) -> None:
