@@ -30,7 +30,9 @@ onstart:
     try:
         for _study in PLAN.studies.values():
             check_study(_study)
-        if not CONSOLE.makes_backbones:  # what is there now is what all that follows starts from
+        if (
+            not CONSOLE.makes_backbones
+        ):  # what is there now is what all that follows starts from
             PLAN.check_backbones()
         CLAIMED.append(claim(PLAN.studies.values(), CONSOLE.made_in_stores))
     except TocomError as error:
