@@ -30,9 +30,8 @@ onstart:
     try:
         for _study in PLAN.studies.values():
             check_study(_study)
-        if (
-            not CONSOLE.makes_backbones
-        ):  # what is there now is what all that follows starts from
+        # Where none is made, all that follows starts from what is there.
+        if not CONSOLE.makes_backbones:
             PLAN.check_backbones()
         CLAIMED.append(claim(PLAN.studies.values(), CONSOLE.made_in_stores))
     except TocomError as error:
