@@ -9,6 +9,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import struct
 import tarfile
 import zipfile
@@ -313,6 +314,20 @@ def test_a_link_in_a_folder_of_images_to_what_is_no_image(here, target):
     message = refused(prepare, "mine", here / "out", {"val": 0.5}, 32, {"folder": "d"})
     assert "x.png" in message
     assert not (here / "out").exists()
+
+
+@pytest.mark.parametrize("place", ["train/a/x.png", "train/a", "train"])
+def test_a_link_out_of_a_folder_of_images(here, place):
+    pictures(here / "d")
+    pictures(here / "elsewhere")
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(here / "elsewhere/train/a/x.png")
+    if (here / "d" / place).exists():
+        shutil.rmtree(here / "d" / place)
+    (here / "d" / place).symlink_to(here / "elsewhere" / place)
+    assert "leads out of d, to " in refused(prepare, "mine", here / "out", {"val": 0.5}, 32, {"folder": "d"})
+    assert not (here / "out").exists()
+    followed = prepare("mine", here / "out", {"val": 0.5}, 32, {"folder": "d", "links": "follow"})
+    assert sum(followed["sizes"].values()) >= 4
 
 
 def test_a_pipe_in_a_folder_of_images(here):

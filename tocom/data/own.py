@@ -34,8 +34,8 @@ Split = Literal["train", "val", "test"]
 
 #: Source -> the options that belong to it; ``group`` belongs to all.
 OPTIONS: dict[str, tuple[str, ...]] = {
-    "folder": (),
-    "segment": ("classes",),
+    "folder": ("links",),
+    "segment": ("classes", "links"),
     "csv": ("root", "image_column", "label_column", "classes"),
     "hub": ("subset", "revision", "splits", "image_column", "label_column", "classes"),
     "python": ("arguments", "classes"),
@@ -58,6 +58,9 @@ class OwnOptions(Settings):
     )
     hub: str | None = Field(None, description="data set of the Hugging Face Hub (user/name), or a folder with a copy")
     python: str | None = Field(None, description="package.module:function that returns images; see docs/own_data.md")
+    links: Literal["refuse", "follow"] = Field(
+        "refuse", description="folder, segment: links that lead out of the folder; those within it are followed"
+    )
     root: str | None = Field(None, description="csv: folder that paths are relative to; null: that of the CSV")
     image_column: str | None = Field(None, description="csv: default path; hub: default the column of images")
     label_column: str | None = Field(None, description="csv: default label; hub: default the column of class labels")
@@ -208,6 +211,19 @@ def _is_file(path: Path) -> bool:
         return False
 
 
+def _check_links(files: Sequence[Path], folder: Path, links: str) -> None:
+    """Refuse a file of a folder that is elsewhere, by a link of its own or of a folder on the way to it."""
+    if links == "follow":
+        return
+    within = folder.resolve()
+    outside = next((path for path in files if not path.resolve().is_relative_to(within)), None)
+    if outside is not None:
+        raise TocomError(
+            f"{outside} leads out of {folder}, to {str(outside.resolve())[:300]}; copy it there, or, if you trust the"
+            " links in that folder, say `links: follow`"
+        )
+
+
 def _check_once(files: Mapping[str, Sequence[Path]], where: str) -> None:
     """Refuse a file that is there twice, by whatever path or link.
 
@@ -231,6 +247,8 @@ def _check_once(files: Mapping[str, Sequence[Path]], where: str) -> None:
 def _read_segment(source: OwnOptions) -> Listing:
     """List ``segment/{images,annotations}/{training,validation}/*``."""
     listing = ade20k.listing(source.segment, _titled(source), source.classes, source.group)
+    of_pixels = [path for items in listing.splits.values() for path in (*items.files, *items.labels)]
+    _check_links(of_pixels, Path(source.segment), source.links)
     _check_once({split: items.files for split, items in listing.splits.items()}, listing.source)
     return listing
 
@@ -253,6 +271,7 @@ def _read_folder(source: OwnOptions) -> Listing:
             )
     files = {split: [path for name in names[split] for path in _images(folder / split / name)] for split in present}
     labels = {split: [path.parent.name for path in files[split]] for split in present}
+    _check_links([path for those in files.values() for path in those], folder, source.links)
     _check_once(files, _titled(source))
     empty = sorted(set(names["train"]) - set(labels["train"]))
     if empty:
