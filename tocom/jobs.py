@@ -379,14 +379,13 @@ class Plan:
 
         A study that was planned apart may have made it; what Snakemake knows of it lies in that study's folder.
         """
-        makes = {*self.made("timm"), *self.made("architecture")}
         for (store, name), study in self.backbones.items():
-            file = Path(store) / "backbones" / f"{name}.safetensors"
-            made = load_metadata(file).get("made") if name in makes and file.is_file() else None
+            where, entry = SimpleNamespace(store=store, backbone=name), study.backbone(name)
+            file = Path(self.backbone_file(where))
+            made = load_metadata(file).get("made") if entry.is_made and file.is_file() else None
             if made is None:
                 continue
-            planned = self.pretrain if study.backbone(name).architecture else self.import_backbone
-            job = how(planned(SimpleNamespace(store=store, backbone=name)))
+            job = how((self.pretrain if entry.architecture else self.import_backbone)(where))
             if job.get("settings", {}).get("degree") == "fixed":  # then these say at which degrees it is scored alone
                 job = {key: value for key, value in job.items() if key not in ("compressor", "degrees", "max_degree")}
             if changed := difference(made["job"], job):

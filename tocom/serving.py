@@ -142,7 +142,7 @@ class Server:
         self._scale = model.scale if scale is None else scale
         self._model = model.detach().eval()
         self.keep, self.precision, self.curve = keep, precision, curve
-        self._prepared: OrderedDict[Any, Compressed] = OrderedDict()
+        self._prepared: OrderedDict[str, Compressed] = OrderedDict()
         self._looking, self._preparing = Lock(), Lock()
         self.degree = degree
 
@@ -187,26 +187,26 @@ class Server:
         Raises:
             TocomError: the degree is malformed, or beyond what the compensator was trained for.
         """
-        self._model.compressor.counts(degree, self._model.depth)  # refuses what is malformed
         listed = isinstance(degree, Sequence) and not isinstance(degree, Inflected)
         degree = tuple(degree) if listed else degree
-        key = type(degree), degree  # an Inflected degree equals the pair of its numbers
+        key = repr(degree)  # as values, an Inflected degree equals the pair of its numbers, and True equals 1
         found = self._find(key)
         if found is None:
             with self._preparing:  # one at a time; batches at degrees that are prepared go on
-                found = self._find(key) or self._prepare(key)
+                found = self._find(key) or self._prepare(key, degree)
         return found
 
-    def _find(self, key: Any) -> Compressed | None:
+    def _find(self, key: str) -> Compressed | None:
         with self._looking:
             if key in self._prepared:
                 self._prepared.move_to_end(key)
             return self._prepared.get(key)
 
     @torch.no_grad()
-    def _prepare(self, key: tuple[type, Degree]) -> Compressed:
+    def _prepare(self, key: str, degree: Degree) -> Compressed:
         """Return a copy of the model at a degree that shares with it all tensors that the compensator leaves alone."""
-        source, model, degree = self._model, self._model.model, key[1]
+        source, model = self._model, self._model.model
+        source.compressor.counts(degree, source.depth)  # refuses what is malformed before another gives way
         deltas = {} if self.compensator is None else self.compensator.deltas(source.source_degree, degree)
         scale = self.scale_at(degree) if deltas else 0.0
         check_deltas(model, deltas)

@@ -654,7 +654,7 @@ def test_mismatches_are_mapped_with_all_that_is_made_of_a_method(study):
     cut(study, infer_degree=12, method="tome", train_degree="0")
     assert written(figures.mismatch_maps(Run.read(study), "vit").axes[0])[2] == "not run"
     one = made_up.change(study, train_degrees=[0])
-    assert "mismatch" not in figures.draw(Run.of(one, study), "vit")
+    assert "mismatch" not in figures.draw(Run(one, study), "vit")
 
 
 MANY = {

@@ -125,14 +125,14 @@ def test_the_table_turns_means_into_perplexity_beside_bytes(cells, headers, tmp_
     rows.to_csv(tmp_path / "cells.csv", index=False)
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "torch_headers.safetensors").write_bytes(headers.read_bytes())
-    run = Run.of(study, tmp_path)
+    run = Run(study, tmp_path)
     (table,) = perplexity_tables(run, run.scopes)
     assert table.header[2:] == ["0: 65,536 (100 %)", "8: 32,768 (50 %)", "15: 4,096 (6 %)"]
     bits = 8 * (1 - rows[(rows.method == "lorc") & (rows.infer_degree == 15)].score)
     assert table.rows[0][-1].text == f"{2 ** bits.mean():.3f} ({bits.mean():.3f} ± {bits.std():.3f})"
     assert re.search(r"torch_headers: C\+\+ headers of torch .* SHA-256", table.caption)
     assert run.cost("llama", "lorc", run.scopes[0], 8) == 32768
-    empty = Run.of(study, tmp_path / "nothing")
+    empty = Run(study, tmp_path / "nothing")
     assert {cell.text for cell in perplexity_tables(empty, empty.scopes)[0].rows[0][2:]} == {"not run"}
 
 

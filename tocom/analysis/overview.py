@@ -72,7 +72,7 @@ def overview(study, folder: Path) -> list[Overview]:
     Args:
         folder: its results; it may be incomplete or missing.
     """
-    run, kind = Run.of(study, folder), study.paper or "degrees"
+    run, kind = Run(study, folder), study.paper or "degrees"
     if kind == "transfer":
         return [Overview(study.study, ASKS[kind], NOT_AT_HAND, _mean_transfer(run), *_transfer_progress(run))]
     models = list(product(run.backbones, same_models(study)))

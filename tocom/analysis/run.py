@@ -106,7 +106,7 @@ class Run:
         """Read the folder of a study, which may be incomplete, against the declaration in its study.json."""
         from tocom.study import read_study
 
-        return cls.of(read_study(folder / "study.json"), folder)
+        return cls(read_study(folder / "study.json"), folder)
 
     @classmethod
     def find(cls, path: Path) -> Run:
@@ -116,12 +116,7 @@ class Run:
         if path.is_dir():
             return cls.read(path)
         study = read_study(path)
-        return cls.of(study, study.root)
-
-    @classmethod
-    def of(cls, study, folder: Path) -> Run:
-        """Read what is there of a study that may never have been run."""
-        return cls(study, folder)
+        return cls(study, study.root)
 
     # Each is read when it is first asked for: a job does not fail for a table that another is about to replace.
 

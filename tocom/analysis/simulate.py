@@ -259,7 +259,7 @@ def family(case: Case, rng: Generator) -> dict[str, float]:
         there = cells.records(files)
         write_rows(cells.gather(study.study, files), folder / "cells.csv")
         compare.compare(study, there).to_csv(folder / "significance.csv", index=False, float_format="%.10g")
-        run = Run.of(study, folder)
+        run = Run(study, folder)
         tables = {
             "main": degree_tables(run, run.scopes),
             "tasks": degree_tables(run, task_scopes(study.groups)),

@@ -216,12 +216,12 @@ def _check_links(files: Sequence[Path], folder: Path, links: str) -> None:
     if links == "follow":
         return
     within = folder.resolve()
-    outside = next((path for path in files if not path.resolve().is_relative_to(within)), None)
-    if outside is not None:
-        raise TocomError(
-            f"{outside} leads out of {folder}, to {str(outside.resolve())[:300]}; copy it there, or, if you trust the"
-            " links in that folder, say `links: follow`"
-        )
+    for path in [*dict.fromkeys(file.parent for file in files), *(file for file in files if file.is_symlink())]:
+        if not (real := path.resolve()).is_relative_to(within):
+            raise TocomError(
+                f"{path} leads out of {folder}, to {str(real)[:300]}; copy it there, or, if you trust the links in that"
+                " folder, say `links: follow`"
+            )
 
 
 def _check_once(files: Mapping[str, Sequence[Path]], where: str) -> None:
